@@ -1,0 +1,521 @@
+"""`MiniLLMConfig`: every architectural choice as one typed, validated field."""
+
+import difflib
+from typing import Any, Literal
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from packaging.version import parse
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+from minillm.configuration.presets import PRESETS
+from minillm.version import __version__
+
+logger = logging.get_logger(__name__)
+
+SCHEMA_VERSION = 1
+"""Number of the meaning of the fields below; a config that carries a newer one is refused."""
+
+OLDEST_TRANSFORMERS = "5.17"
+
+if parse(transformers.__version__) < parse(OLDEST_TRANSFORMERS):
+    raise ImportError(
+        f"MiniLLM needs transformers >= {OLDEST_TRANSFORMERS}, found {transformers.__version__}: "
+        f"pip install -U 'transformers>={OLDEST_TRANSFORMERS},<6'"
+    )
+
+FOREIGN_SPELLINGS = {
+    "n_embd": "hidden_size",
+    "d_model": "hidden_size",
+    "n_embed": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "multi_query_group_num": "num_key_value_heads",
+    "multi_query": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "n_inner": "intermediate_size",
+    "ffn_dim": "intermediate_size",
+    "ffn_hidden_size": "intermediate_size",
+    "inner_hidden_size": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "n_ctx": "max_position_embeddings",
+    "max_seq_len": "max_position_embeddings",
+    "max_sequence_length": "max_position_embeddings",
+    "seq_length": "max_position_embeddings",
+    "model_max_length": "max_position_embeddings",
+    "rms_norm_eps": "norm_eps",
+    "layer_norm_eps": "norm_eps",
+    "layer_norm_epsilon": "norm_eps",
+    "layernorm_epsilon": "norm_eps",
+    "activation_function": "hidden_act",
+    "hidden_activation": "hidden_act",
+    "alibi": "position_embedding_type",
+    "attention_bias": "attention_qkv_bias",
+    "add_qkv_bias": "attention_qkv_bias",
+    "parallel_attn": "parallel_residual",
+    "num_ln_in_parallel_attn": "num_parallel_norms",
+    "attn_pdrop": "attention_dropout",
+    "resid_pdrop": "hidden_dropout",
+    "embd_pdrop": "embedding_dropout",
+    "padded_vocab_size": "vocab_size",
+    "block_position_encoding": "position_embedding_type",
+}
+"""Other libraries' names for our fields: converters know them, a MiniLLM config refuses them by name."""
+
+KNOWN_EXTRA_KEYS = frozenset(
+    [
+        "model_type",
+        "auto_map",
+        "num_labels",
+        "output_attentions",
+        "attn_implementation",
+        "experts_implementation",
+        "name_or_path",
+        "torch_dtype",
+        "quantization_config",
+        "rope_theta",
+        "rope_scaling",
+        "partial_rotary_factor",
+        "per_layer_config",
+        "tie_last_hidden_states",
+        "is_decoder",
+        "gradient_checkpointing",
+        "classifier_dropout",
+        "tokenizer_class",
+        "custom_pipelines",
+        "label_names",
+        "token_classification_bias",
+        "use_return_dict",
+        "add_cross_attention",
+        "cross_attention_hidden_size",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "num_beam_groups",
+        "diversity_penalty",
+        "decoder_start_token_id",
+        "sep_token_id",
+        "prefix",
+        "task_specific_params",
+        "finetuning_task",
+        "tie_encoder_decoder",
+        "pruned_heads",
+    ]
+)
+"""Keys that transformers itself reads or writes beside our fields."""
+
+FIELD_OWNERS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "prompt_is_prefix": ("attention_type", ("prefix",)),
+    "rope_interleaved": ("position_embedding_type", ("rope",)),
+    "rope_2d": ("position_embedding_type", ("rope",)),
+    "position_table_size": ("position_embedding_type", ("learned", "glm_2d")),
+    "alibi_scale": ("position_embedding_type", ("alibi",)),
+    "alibi_bias_max": ("position_embedding_type", ("alibi",)),
+    "alibi_rounding": ("position_embedding_type", ("alibi",)),
+    "sandwich_dim": ("position_embedding_type", ("sandwich",)),
+    "deepnorm_alpha": ("norm_placement", ("deepnorm",)),
+    "deepnorm_beta": ("norm_placement", ("deepnorm",)),
+    "num_parallel_norms": ("parallel_residual", (True,)),
+}
+"""Fields that say something only under certain values of another field: set anywhere else they are refused."""
+
+POSITIVE_FIELDS = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "sliding_window",
+    "position_table_size",
+    "sandwich_dim",
+    "norm_eps",
+    "deepnorm_alpha",
+    "deepnorm_beta",
+    "alibi_scale",
+    "alibi_bias_max",
+    "initializer_range",
+]
+UNIT_INTERVAL_FIELDS = ("attention_dropout", "hidden_dropout", "embedding_dropout", "embedding_gradient_scale")
+GLU_ONLY_ACTS = ("gtu", "bilinear")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "ntk")
+
+
+@strict
+class MiniLLMConfig(PreTrainedConfig):
+    r"""One decoder, in which architectures are settings. `MiniLLMConfig()` has the shape of LLaMA-7B.
+
+    Args:
+        vocab_size (`int`, defaults to 32000): number of token ids.
+        hidden_size (`int`, defaults to 4096): width of the residual stream.
+        num_hidden_layers (`int`, defaults to 32): number of blocks.
+        num_attention_heads (`int`, defaults to 32): query heads per block.
+        num_key_value_heads (`int`, *optional*): key/value heads; as many as query heads (MHA) if left out, 1 is MQA
+            (arXiv 1911.02150), anything between is GQA (arXiv 2305.13245).
+        head_dim (`int`, *optional*): width of one head; `hidden_size // num_attention_heads` if left out.
+        intermediate_size (`int`, *optional*): inner width of the feed-forward; if left out, `8/3 * hidden_size`
+            rounded up to a multiple of 256 for `glu`, `4 * hidden_size` for `mlp`.
+        max_position_embeddings (`int`, defaults to 2048): length the model is made for. A limit only where positions
+            come from a table (`learned`, `glm_2d`); ALiBi, Sandwich, RoPE and sinusoidal positions run past it.
+
+        attention_type (`str`, defaults to `"causal"`): `causal`; `prefix` (tokens inside `prefix_mask` see one
+            another in both directions, the rest is causal: GLM, arXiv 2103.10360); `bidirectional` (encoder).
+        sliding_window (`int`, *optional*): a token sees the last `sliding_window` slots, itself included (both ways if
+            bidirectional); inside a prefix block everything stays visible.
+        prompt_is_prefix (`bool`, defaults to `True`): whether `generate()` takes the prompt as the prefix.
+        qk_norm (`bool`, defaults to `False`): normalise queries and keys per head, before RoPE (arXiv 2302.05442).
+        attention_qkv_bias, attention_out_bias (`bool`, default to `False`): biases of the q/k/v and output projections.
+        attention_dropout (`float`, defaults to 0): dropout on attention probabilities.
+
+        position_embedding_type (`str`, defaults to `"rope"`): `rope` (arXiv 2104.09864), `alibi` (2108.12409),
+            `sandwich` (2212.10356), `learned`, `sinusoidal` (1706.03762), `glm_2d` (2103.10360), `none`.
+        rope_parameters (`dict`, *optional*): transformers' RoPE dictionary: `rope_type` (`default`, `linear`,
+            `dynamic`, `yarn`, `llama3`, `longrope`, or `ntk` for a fixed NTK-aware base), `rope_theta` (10000),
+            `factor`, `partial_rotary_factor`, ... The old `rope_theta` and `rope_scaling` land here.
+        rope_interleaved (`bool`, defaults to `False`): rotate pairs (2i, 2i+1) instead of (i, i + d/2).
+        rope_2d (`bool`, defaults to `False`): rotate the first half of a head by `position_ids`, the second by
+            `block_position_ids` (ChatGLM-6B).
+        position_table_size (`int`, *optional*): rows of a learned table; `max_position_embeddings`, one more for
+            `glm_2d`, if left out.
+        alibi_scale (`float`, defaults to 1): factor on the bias (Falcon: `head_dim ** -0.5`).
+        alibi_bias_max (`float`, defaults to 8): slopes are `2 ** (-alibi_bias_max * i / heads)` (MPT's name).
+        alibi_rounding (`str`, defaults to `"none"`): `none` is exact at any length; `bloom` rounds the bias to the
+            model's dtype, `falcon` slopes and positions to bfloat16, as those models do.
+        sandwich_dim (`int`, defaults to 128): number of channels of Sandwich's sinusoids.
+
+        norm_type (`str`, defaults to `"rmsnorm"`): `rmsnorm` (arXiv 1910.07467) or `layernorm` (1607.06450).
+        norm_eps (`float`, defaults to 1e-6): added to the variance.
+        norm_bias (`bool`, *optional*): bias of LayerNorm; yes for `layernorm` if left out.
+        norm_placement (`str`, defaults to `"pre"`): `pre`, `post`, `deepnorm` (arXiv 2203.00555), `sandwich`
+            (CogView, 2105.13290: a norm before and one after each sub-layer).
+        final_norm (`bool`, *optional*): norm after the last block; yes for `pre` and `sandwich` if left out.
+        deepnorm_alpha, deepnorm_beta (`float`, *optional*): DeepNorm's residual factor and initial gain;
+            `(2N) ** 0.25` and `(8N) ** -0.25` for N blocks if left out.
+        parallel_residual (`bool`, defaults to `False`): attention and feed-forward read the same stream (GPT-J).
+        num_parallel_norms (`int`, defaults to 1): one shared norm or one for each of the two (Falcon 7B / 40B).
+
+        mlp_type (`str`, defaults to `"glu"`): `glu` (gated, arXiv 2002.05202) or `mlp`.
+        hidden_act (`str`, defaults to `"silu"`): a name in transformers' `ACT2FN`; for `glu` also `gtu`
+            (tanh times sigmoid, 1612.08083) and `bilinear` (no activation).
+        mlp_bias (`bool`, defaults to `False`): biases of the feed-forward.
+
+        embedding_norm (`bool`, defaults to `False`): a norm right after the embedding (BLOOM).
+        embedding_gradient_scale (`float`, defaults to 1): factor on the gradient of the embedding (GLM-130B: 0.1).
+        norm_head (`bool`, defaults to `False`): rows of the output head are divided by their length (Baichuan2).
+        hidden_dropout, embedding_dropout (`float`, default to 0): dropout on each sub-layer's output and on the
+            embedding.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the normal initialisation.
+        scale_residual_init (`bool`, defaults to `False`): divide the initial weights of output and down projections
+            by `sqrt(2 * num_hidden_layers)` (GPT-2).
+        use_cache (`bool`, *optional*): return a key/value cache; yes unless bidirectional.
+        pad_token_id, bos_token_id, eos_token_id: special ids; none, 1 and 2.
+        tie_word_embeddings (`bool`, defaults to `False`): share the input embedding with the output head.
+
+    Raises:
+        ValueError: for impossible or meaningless combinations, naming the fields and the way out.
+    """
+
+    model_type = "minillm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    # size
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 2048
+
+    # who may look at whom
+    attention_type: Literal["causal", "prefix", "bidirectional"] = "causal"
+    sliding_window: int | None = None
+    prompt_is_prefix: bool = True
+    qk_norm: bool = False
+    attention_qkv_bias: bool = False
+    attention_out_bias: bool = False
+    attention_dropout: float | int = 0.0
+
+    # how order is known
+    position_embedding_type: Literal["rope", "alibi", "sandwich", "learned", "sinusoidal", "glm_2d", "none"] = "rope"
+    rope_parameters: dict | None = None
+    rope_interleaved: bool = False
+    rope_2d: bool = False
+    position_table_size: int | None = None
+    alibi_scale: float | int = 1.0
+    alibi_bias_max: float | int = 8.0
+    alibi_rounding: Literal["none", "bloom", "falcon"] = "none"
+    sandwich_dim: int = 128
+
+    # normalisation and residual wiring
+    #
+    #   pre       h = h + f(norm(h))             post      h = norm(h + f(h))
+    #   sandwich  h = h + norm'(f(norm(h)))      deepnorm  h = norm(alpha * h + f(h))
+    #   parallel  h = h + attention(norm(h)) + feed_forward(norm(h))
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float | int = 1e-6
+    norm_bias: bool | None = None
+    norm_placement: Literal["pre", "post", "deepnorm", "sandwich"] = "pre"
+    final_norm: bool | None = None
+    deepnorm_alpha: float | int | None = None
+    deepnorm_beta: float | int | None = None
+    parallel_residual: bool = False
+    num_parallel_norms: Literal[1, 2] = 1
+
+    # feed-forward
+    mlp_type: Literal["glu", "mlp"] = "glu"
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+
+    # stabilisers, initialisation
+    embedding_norm: bool = False
+    embedding_gradient_scale: float | int = 1.0
+    norm_head: bool = False
+    hidden_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    scale_residual_init: bool = False
+
+    # transformers' own
+    use_cache: bool | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    # stamps
+    minillm_version: str | None = None
+    schema_version: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if (self.schema_version or 0) > SCHEMA_VERSION:
+            raise ValueError(
+                f"this config has `schema_version={self.schema_version}` (written by MiniLLM {self.minillm_version}), "
+                f"but MiniLLM {__version__} understands up to {SCHEMA_VERSION}: pip install -U minillm-hf"
+            )
+        self.minillm_version = __version__
+        self.schema_version = SCHEMA_VERSION
+        self._check_extra_keys(kwargs)
+        self._derive()
+        uses_rope = self.position_embedding_type == "rope"
+        rope_keys = [key for key in ("rope_theta", "rope_scaling", "partial_rotary_factor") if kwargs.get(key)]
+        if not uses_rope and (self.rope_parameters or rope_keys):
+            raise ValueError(
+                f"`{(rope_keys or ['rope_parameters'])[0]}` is set, but "
+                f"`position_embedding_type={self.position_embedding_type!r}` has no rotary embedding: leave it out or "
+                "set `position_embedding_type='rope'`"
+            )
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)
+        if kwargs.get("rope_scaling"):
+            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
+        super().__post_init__(**kwargs)
+        if not uses_rope:
+            self.rope_parameters = None
+        self.validate_architecture()
+
+    def _check_extra_keys(self, kwargs: dict[str, Any]) -> None:
+        """Refuses keywords that are probably meant to be a field, and warns once of the others."""
+        fields = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
+        unknown = [key for key in kwargs if key not in KNOWN_EXTRA_KEYS and not key.startswith("_")]
+        for key in unknown:
+            meant = FOREIGN_SPELLINGS.get(key) or next(iter(difflib.get_close_matches(key, fields, 1, 0.8)), None)
+            if meant is not None:
+                raise ValueError(f"`{key}={kwargs[key]!r}` is not a field of MiniLLMConfig; did you mean `{meant}`?")
+        if unknown:
+            logger.warning_once(
+                f"MiniLLMConfig keeps the unknown keys {sorted(unknown)} as they are: no part of the model reads them."
+            )
+
+    def _derive(self) -> None:
+        """Fills the fields that follow from others where they were left out."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"`hidden_size={self.hidden_size}` is not a multiple of "
+                    f"`num_attention_heads={self.num_attention_heads}`: change one of them or set `head_dim`"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            glu_size = -(-8 * self.hidden_size // (3 * 256)) * 256
+            self.intermediate_size = glu_size if self.mlp_type == "glu" else 4 * self.hidden_size
+        if self.position_table_size is None and self.position_embedding_type in ("learned", "glm_2d"):
+            self.position_table_size = self.max_position_embeddings + (self.position_embedding_type == "glm_2d")
+        if self.norm_bias is None:
+            self.norm_bias = self.norm_type == "layernorm"
+        if self.final_norm is None:
+            self.final_norm = self.norm_placement in ("pre", "sandwich")
+        if self.norm_placement == "deepnorm" and self.num_hidden_layers > 0:
+            if self.deepnorm_alpha is None:
+                self.deepnorm_alpha = (2 * self.num_hidden_layers) ** 0.25
+            if self.deepnorm_beta is None:
+                self.deepnorm_beta = (8 * self.num_hidden_layers) ** -0.25
+        if self.use_cache is None:
+            self.use_cache = self.attention_type != "bidirectional"
+
+    def validate_architecture(self) -> None:
+        """Checks the fields against one another; runs when the config is made and again when a model is built."""
+        self._check_ranges()
+        for name, (owner, values) in FIELD_OWNERS.items():
+            if getattr(self, name) != self.__dataclass_fields__[name].default and getattr(self, owner) not in values:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no meaning with `{owner}={getattr(self, owner)!r}`: "
+                    f"leave `{name}` out or set `{owner}` to {' or '.join(repr(value) for value in values)}"
+                )
+        for wrong, message in self._conflicts():
+            if wrong:
+                raise ValueError(message)
+
+    def _check_ranges(self) -> None:
+        for name in POSITIVE_FIELDS:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}={value}` must be positive")
+        for name in UNIT_INTERVAL_FIELDS:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            for token_id in ids if isinstance(ids, list) else [ids]:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    logger.warning_once(
+                        f"`{name}={token_id}` lies outside the vocabulary of `vocab_size={self.vocab_size}` ids."
+                    )
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        """Pairs of (is it so, what is wrong and the way out)."""
+        rope = self.rope_parameters or {}
+        rotary_dim = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
+        axis_dim = 4 if self.rope_2d else 2
+        gated_act = self.hidden_act in GLU_ONLY_ACTS
+        return [
+            (
+                rope.get("rope_type", "default") not in ROPE_TYPES,
+                f"`rope_parameters['rope_type']={rope.get('rope_type')!r}` is unknown; allowed: {sorted(ROPE_TYPES)}",
+            ),
+            (
+                self.num_attention_heads % self.num_key_value_heads != 0,
+                f"`num_attention_heads={self.num_attention_heads}` is not a multiple of "
+                f"`num_key_value_heads={self.num_key_value_heads}`: each key head serves equally many query heads",
+            ),
+            (
+                self.hidden_act not in ACT2FN and not gated_act,
+                f"`hidden_act={self.hidden_act!r}` is unknown: use a name in transformers' ACT2FN, "
+                f"or, with `mlp_type='glu'`, one of {GLU_ONLY_ACTS}",
+            ),
+            (
+                gated_act and self.mlp_type != "glu",
+                f"`hidden_act={self.hidden_act!r}` is a gate and `mlp_type={self.mlp_type!r}` has none: "
+                "set `mlp_type='glu'` or another `hidden_act`",
+            ),
+            (
+                self.norm_type == "rmsnorm" and bool(self.norm_bias),
+                "`norm_bias=True` and `norm_type='rmsnorm'`: RMSNorm has no bias; set `norm_type='layernorm'` or "
+                "leave `norm_bias` out",
+            ),
+            (
+                self.norm_head and self.tie_word_embeddings,
+                "`norm_head=True` and `tie_word_embeddings=True`: a head that is normalised cannot share the "
+                "embedding; untie one of them",
+            ),
+            (
+                self.parallel_residual and self.norm_placement != "pre",
+                f"`parallel_residual=True` and `norm_placement={self.norm_placement!r}`: parallel blocks are pre-norm; "
+                "set `norm_placement='pre'` or `parallel_residual=False`",
+            ),
+            (
+                bool(self.use_cache) and self.attention_type == "bidirectional",
+                "`use_cache=True` and `attention_type='bidirectional'`: cached tokens would have to see later ones; "
+                "leave `use_cache` out",
+            ),
+            (
+                self.alibi_rounding != "none" and self.attention_type != "causal",
+                f"`alibi_rounding={self.alibi_rounding!r}` and `attention_type={self.attention_type!r}`: this rounding "
+                "is defined by key position alone, which only a causal mask allows; set `alibi_rounding='none'`",
+            ),
+            (
+                self.position_embedding_type == "rope" and (rotary_dim < axis_dim or rotary_dim % axis_dim != 0),
+                f"`head_dim={self.head_dim}` with `partial_rotary_factor={rope.get('partial_rotary_factor', 1.0)}` "
+                f"gives {rotary_dim} rotary channels; they must be a multiple of {axis_dim} "
+                f"(`rope_2d={self.rope_2d}`)",
+            ),
+            (
+                self.rope_2d and rope.get("partial_rotary_factor", 1.0) != 1.0,
+                "`rope_2d=True` rotates all channels: leave `partial_rotary_factor` out of `rope_parameters`",
+            ),
+            (
+                self.rope_2d and rope.get("rope_type", "default") not in ("default", "linear", "ntk"),
+                f"`rope_2d=True` and `rope_type={rope.get('rope_type')!r}`: two axes are stretched by 'linear' or "
+                "'ntk' only",
+            ),
+            (
+                self.sandwich_dim % 2 != 0,
+                f"`sandwich_dim={self.sandwich_dim}` must be even: sines and cosines come in pairs",
+            ),
+        ]
+
+    def _validate_ntk_rope_parameters(self, rope_parameters: dict, ignore_keys: set[str] | None = None) -> None:
+        self._check_received_keys(
+            "ntk", set(rope_parameters), {"rope_type", "factor"}, {"rope_theta"}, ignore_keys=ignore_keys
+        )
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor-parallel plan by module name; it follows `mlp_type`."""
+        columns = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
+        columns += ["mlp.gate_proj"] if self.mlp_type == "glu" else []
+        plan = {f"layers.*.{name}": "colwise" for name in columns}
+        return plan | {f"layers.*.{name}": "rowwise" for name in ("self_attn.o_proj", "mlp.down_proj")}
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "MiniLLMConfig":
+        """Builds the config of a named architecture.
+
+        Args:
+            name: a key of `minillm.configuration.PRESETS`, e.g. `"llama-3-8b"`.
+            overrides: fields that replace the preset's.
+
+        Raises:
+            ValueError: if there is no such preset (the message lists them all).
+        """
+        if name not in PRESETS:
+            close = difflib.get_close_matches(name, PRESETS, 1)
+            hint = f" did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown preset {name!r};{hint} available: {', '.join(sorted(PRESETS))}")
+        return cls(**{**PRESETS[name].fields, **overrides})

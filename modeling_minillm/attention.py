@@ -1,0 +1,137 @@
+"""Attention: projections, rotary positions, cache and the call of the chosen back end."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.normalization import NORMS
+from minillm.positions import PositionBias, apply_rotary
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention that also returns its probabilities.
+
+    Args:
+        query: [batch, heads, Q, head_dim]; `key` and `value`: [batch, key/value heads, K, head_dim].
+        attention_mask: boolean or additive, broadcastable to [batch, heads, Q, K]; None if all keys are visible.
+
+    Returns:
+        The output [batch, Q, heads, head_dim] and the probabilities [batch, heads, Q, K] (softmax in float32).
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+class MiniLLMAttention(nn.Module):
+    """Multi-head attention with shared key/value heads (MHA, GQA, MQA).
+
+    Args:
+        config: the model's configuration.
+        layer_idx: index of the block, which is also its index in the cache.
+    """
+
+    def __init__(self, config: MiniLLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = config.attention_type != "bidirectional"
+        self.sliding_window = config.sliding_window
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm = NORMS[config.norm_type](config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = NORMS[config.norm_type](config, config.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | BlockMask | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_bias: PositionBias | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends over cached and new tokens.
+
+        Args:
+            hidden_states: [batch, Q, hidden].
+            attention_mask, position_bias: as `minillm.masks.build_attention_inputs` makes them.
+            position_embeddings: cosines and sines [batch or 1, Q, rotary channels], or None without RoPE.
+            past_key_values: the cache, which takes this layer's keys and values.
+
+        Returns:
+            The output [batch, Q, hidden], and the probabilities [batch, heads, Q, K] where the back end has them.
+        """
+        shape = hidden_states.shape[:-1]
+        heads = (*shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if position_embeddings is not None:
+            query = apply_rotary(query, *position_embeddings, self.config)
+            key = apply_rotary(key, *position_embeddings, self.config)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention_mask, position_bias = self._local(query, attention_mask, position_bias)
+        if position_bias is not None:
+            kwargs["position_bias"] = position_bias
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, probabilities = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), probabilities
+
+    def _local(
+        self, query: torch.Tensor, mask: torch.Tensor | BlockMask | None, bias: PositionBias | None
+    ) -> tuple[torch.Tensor | BlockMask | None, PositionBias | None]:
+        """Fits mask and bias to the query: its dtype, and under tensor parallelism the heads of this rank."""
+        count = query.shape[1]
+        if isinstance(mask, torch.Tensor):
+            if mask.is_floating_point():
+                mask = mask.to(query.dtype)
+            if mask.shape[1] not in (1, count):
+                mask = mask.narrow(1, self._first_local_head(count), count)
+        if bias is not None and bias.head_factors.shape[0] != count:
+            bias = bias.local_heads(self._first_local_head(count), count)
+        return mask, bias
+
+    def _first_local_head(self, count: int) -> int:
+        return self.q_proj.weight.device_mesh.get_local_rank() * count

@@ -1,0 +1,116 @@
+"""Which attention back end can honour which variant, where: one table, consulted by every way of choosing one.
+
+A combination that is not refused here equals the naive reference in outputs and gradients; everything else raises.
+"""
+
+from typing import NamedTuple
+
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+
+DIRECTIONS = ("forward", "backward", "generate")
+
+FLEX_CPU_REASON = (
+    "flex attention on CPU is forward-only: torch has no CPU backward for it, and one-token steps do not compile; "
+    "use 'sdpa' or 'eager', or a CUDA device"
+)
+FLASH_REASON = "flash attention kernels take lengths, not masks or biases; use 'sdpa', 'flex_attention' or 'eager'"
+OTHER_REASON = (
+    "a back end that MiniLLM does not know, and a paged cache, compute plain causal attention only; "
+    "use 'sdpa' or 'eager'"
+)
+FLASH_CPU_REASON = "flash attention kernels need a CUDA device"
+FLEX_DROPOUT_REASON = (
+    "flex attention has no dropout on probabilities; set `attention_dropout=0.0` or use 'sdpa' or 'eager'"
+)
+
+
+class Refusal(NamedTuple):
+    """One row: the feature of a variant, the kind of back end, the device type and the direction ('*' is any)."""
+
+    feature: str
+    kind: str
+    device: str
+    direction: str
+    reason: str
+
+
+REFUSALS = (
+    *(Refusal(feature, "flash", "*", "*", FLASH_REASON) for feature in ("prefix", "bias", "documents")),
+    *(
+        Refusal(feature, "other", "*", "*", OTHER_REASON)
+        for feature in ("prefix", "bidirectional", "bias", "window", "documents")
+    ),
+    Refusal("any", "flash", "cpu", "*", FLASH_CPU_REASON),
+    Refusal("any", "flex", "cpu", "backward", FLEX_CPU_REASON),
+    Refusal("any", "flex", "cpu", "generate", FLEX_CPU_REASON),
+    Refusal("dropout", "flex", "*", "backward", FLEX_DROPOUT_REASON),
+)
+
+KINDS = {
+    "eager": "eager",
+    "sdpa": "sdpa",
+    "flex_attention": "flex",
+    "flash_attention_2": "flash",
+    "flash_attention_3": "flash",
+    "flash_attention_4": "flash",
+}
+
+
+def kind_of(implementation: str | None) -> str:
+    """The kind of a back end by its name: eager, sdpa, flex, flash or other."""
+    return KINDS.get(implementation or "sdpa", "other")
+
+
+def features_of(config: MiniLLMConfig) -> frozenset[str]:
+    """What a variant asks of a back end beyond plain causal attention."""
+    wanted = {
+        "any": True,
+        "prefix": config.attention_type == "prefix",
+        "bidirectional": config.attention_type == "bidirectional",
+        "bias": config.position_embedding_type in ("alibi", "sandwich"),
+        "window": config.sliding_window is not None,
+        "dropout": config.attention_dropout > 0,
+    }
+    return frozenset(name for name, on in wanted.items() if on)
+
+
+def refusal(
+    config: MiniLLMConfig,
+    implementation: str | None,
+    device: str = "*",
+    direction: str = "*",
+    extra_features: tuple[str, ...] = (),
+) -> str | None:
+    """Why a back end cannot honour a variant, or None if it can.
+
+    Args:
+        config: the variant.
+        implementation: name of the back end, e.g. `"sdpa"`; None is the default, `"sdpa"`.
+        device: device type such as `"cpu"` or `"cuda"`; `"*"` asks for refusals that hold on every device.
+        direction: `"forward"`, `"backward"`, `"generate"` or `"*"` for refusals that hold in every direction.
+        extra_features: features of the call rather than of the config, e.g. `("documents",)`.
+    """
+    features = features_of(config).union(extra_features)
+    kind = kind_of(implementation)
+    for row in REFUSALS:
+        applies = row.kind == kind and row.device in ("*", device) and row.direction in ("*", direction)
+        if applies and row.feature in features:
+            return row.reason
+    return None
+
+
+def check(
+    config: MiniLLMConfig,
+    implementation: str | None,
+    device: str = "*",
+    direction: str = "*",
+    extra_features: tuple[str, ...] = (),
+) -> None:
+    """Raises ValueError, with the reason and the way out, where `refusal` finds one."""
+    reason = refusal(config, implementation, device, direction, extra_features)
+    if reason is not None:
+        features = sorted(features_of(config).union(extra_features) - {"any"}) or ["plain causal"]
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot serve this model ({', '.join(features)}"
+            f"{'' if device == '*' else f', on {device}'}{'' if direction == '*' else f', {direction}'}): {reason}"
+        )

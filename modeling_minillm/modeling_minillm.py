@@ -1,0 +1,475 @@
+"""The decoder: blocks around a residual stream, the language model and the task heads.
+
+Every variant is a row of settings: norms, feed-forwards, residual wirings and position schemes come from the tables of
+the files beside this one and are chosen when a layer is built; masks and biases are made once per forward in
+`minillm.masks`.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from minillm.attention import MiniLLMAttention
+from minillm.capabilities import check
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.feed_forward import MLPS
+from minillm.generation import MiniLLMGenerationMixin
+from minillm.masks import build_attention_inputs, require
+from minillm.normalization import NORMS
+from minillm.positions import POSITION_EMBEDDINGS, POSITION_TABLES, MiniLLMRotaryEmbedding
+from minillm.residual import residual_of
+
+logger = logging.get_logger(__name__)
+
+# They repeat `position_ids` or the cache's own length, or concern only the loss.
+UNREAD_TENSORS = frozenset(
+    [
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "seq_idx",
+        "cache_position",
+        "num_items_in_batch",
+        "shift_labels",
+    ]
+)
+PAGED_KEYS = ("read_index", "write_index")
+
+
+class MiniLLMDecoderLayer(GradientCheckpointingLayer):
+    """One block; `minillm.residual` says how its parts are wired."""
+
+    def __init__(self, config: MiniLLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        residual = residual_of(config)
+        self.wiring = residual.run
+        self.alpha = config.deepnorm_alpha if config.norm_placement == "deepnorm" else 1.0
+        self.self_attn = MiniLLMAttention(config, layer_idx)
+        self.mlp = MLPS[config.mlp_type](config)
+        for name in residual.norms:
+            setattr(self, name, NORMS[config.norm_type](config, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self._set_initial_gains(config)
+
+    def _set_initial_gains(self, config: MiniLLMConfig) -> None:
+        """Leaves a number on each projection that `_init_weights` reads: `init_gain` is a gain of Xavier's normal
+        initialisation (DeepNet, arXiv 2203.00555, section 3.2), `init_scale` a factor on `initializer_range`."""
+        feed_forward = [module for module in self.mlp.modules() if isinstance(module, nn.Linear)]
+        if config.norm_placement == "deepnorm":
+            for module in (self.self_attn.q_proj, self.self_attn.k_proj):
+                module.init_gain = 1.0
+            for module in (self.self_attn.v_proj, self.self_attn.o_proj, *feed_forward):
+                module.init_gain = config.deepnorm_beta
+        if config.scale_residual_init:
+            for module in (self.self_attn.o_proj, self.mlp.down_proj):
+                module.init_scale = (2 * config.num_hidden_layers) ** -0.5
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Maps the stream [batch, length, hidden] to the next; keyword arguments go to the attention."""
+        return self.wiring(self, hidden_states, lambda stream: self.self_attn(stream, **kwargs)[0])
+
+
+class NormHead(nn.Linear):
+    """Output head whose rows are divided by their length (Baichuan2): `h @ normalize(W).T`, floor 1e-12."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, nn.functional.normalize(self.weight, dim=-1, eps=1e-12), self.bias)
+
+
+class MiniLLMPreTrainedModel(PreTrainedModel):
+    """What all MiniLLM models share: initialisation and the choice of the attention back end."""
+
+    config: MiniLLMConfig
+    config_class = MiniLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiniLLMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": MiniLLMDecoderLayer, "attentions": MiniLLMAttention}
+
+    def __init__(self, config: MiniLLMConfig, *inputs: Any, **kwargs: Any) -> None:
+        # Fields may have been assigned since the config was made.
+        config.validate_architecture()
+        super().__init__(config, *inputs, **kwargs)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """The one gate of every way to choose a back end (argument, setter, config field)."""
+        chosen = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        check(self.config, chosen)
+        return chosen
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MiniLLMRotaryEmbedding):
+            inv_freq, module.attention_scaling = module.compute_inv_freq()
+            init.copy_(module.inv_freq, inv_freq)
+            init.copy_(module.original_inv_freq, inv_freq)
+            return
+        super()._init_weights(module)
+        if hasattr(module, "init_gain"):
+            init.xavier_normal_(module.weight, gain=module.init_gain)
+        elif hasattr(module, "init_scale"):
+            init.normal_(module.weight, std=self.config.initializer_range * module.init_scale)
+
+
+class MiniLLMModel(MiniLLMPreTrainedModel):
+    """The decoder without a head: token ids to the last hidden state, after the final norm."""
+
+    def __init__(self, config: MiniLLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        for name in POSITION_TABLES.get(config.position_embedding_type, ()):
+            setattr(self, name, nn.Embedding(config.position_table_size, config.hidden_size))
+        if config.embedding_norm:
+            self.embed_layernorm = NORMS[config.norm_type](config, config.hidden_size)
+        self.embed_dropout = nn.Dropout(config.embedding_dropout)
+        if config.position_embedding_type == "rope":
+            self.rotary_emb = MiniLLMRotaryEmbedding(config)
+        self.layers = nn.ModuleList(MiniLLMDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = NORMS[config.norm_type](config, config.hidden_size) if config.final_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        block_position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder over Q new tokens.
+
+        Args:
+            input_ids: [batch, Q] token ids, or `inputs_embeds` [batch, Q, hidden] in their place.
+            attention_mask: [batch, cached + Q], nonzero at real tokens; or one's own 4D mask, boolean or additive.
+            position_ids: [batch, Q] or [batch, cached + Q] on the first position axis. Left out, a token's position is
+                the number of real tokens before it in its document.
+            past_key_values: a cache, which is filled and returned.
+            use_cache: make a `DynamicCache` if none was given.
+            prefix_mask: [batch, Q], 1 inside a document's bidirectional prefix, then 0 (`attention_type="prefix"`).
+                Without it the forward is plain causal.
+            document_ids: [batch, Q] integers, non-decreasing over real tokens: packed documents never see one another.
+                Without it, and without `attention_mask` and `block_position_ids`, a document begins wherever
+                `position_ids` restart at 0.
+            block_position_ids: [batch, Q] positions on GLM's second axis (arXiv 2103.10360, section 2.3).
+
+        Raises:
+            ValueError: for inputs that contradict the config or one another; see `minillm.masks`.
+        """
+        self._check_call(kwargs, past_key_values)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+        if inputs_embeds is None:
+            require(
+                (input_ids >= 0) & (input_ids < self.embed_tokens.num_embeddings),
+                f"`input_ids` hold an id outside the vocabulary of {self.embed_tokens.num_embeddings} tokens",
+            )
+            inputs_embeds = self.embed_tokens(input_ids)
+        if prefix_mask is None and self.training and self.config.attention_type == "prefix":
+            logger.warning_once(
+                "This prefix model is training without `prefix_mask`, so as a plain causal model: use a collator that "
+                "makes one, e.g. minillm.training.DataCollatorForPrefixLM."
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        attention = build_attention_inputs(
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            prefix_mask,
+            document_ids,
+            block_position_ids,
+        )
+        hidden_states = self._embed(inputs_embeds, attention.position_ids, block_position_ids)
+        position_embeddings = None
+        if self.config.position_embedding_type == "rope":
+            position_embeddings = self.rotary_emb(hidden_states, attention.position_ids, block_position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention.attention_mask,
+                position_bias=attention.position_bias,
+                position_embeddings=position_embeddings,
+                position_ids=attention.position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _embed(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        scale = self.config.embedding_gradient_scale
+        if scale != 1 and self.training:
+            # This form, unlike e * a + e.detach() * (1 - a), leaves the values exactly as they are.
+            inputs_embeds = inputs_embeds.detach() + (inputs_embeds - inputs_embeds.detach()) * scale
+        add_positions = POSITION_EMBEDDINGS.get(self.config.position_embedding_type)
+        if add_positions is not None:
+            inputs_embeds = inputs_embeds + add_positions(self, position_ids, block_position_ids)
+        if self.config.embedding_norm:
+            inputs_embeds = self.embed_layernorm(inputs_embeds)
+        return self.embed_dropout(inputs_embeds)
+
+    def _check_call(self, kwargs: dict[str, Any], past_key_values: Cache | None) -> None:
+        """Refuses what this variant, or the chosen back end, would silently ignore."""
+        implementation = self.config._attn_implementation
+        if any(key in kwargs for key in PAGED_KEYS):
+            check(self.config, "paged")
+        else:
+            for key, value in kwargs.items():
+                if isinstance(value, torch.Tensor) and key not in UNREAD_TENSORS:
+                    raise ValueError(
+                        f"`{key}` is a tensor that this model does not read; leave it out (it reads attention_mask, "
+                        "position_ids, prefix_mask, document_ids and block_position_ids)"
+                    )
+        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if wants_attentions and implementation != "eager":
+            raise ValueError(
+                f"`output_attentions=True` with attn_implementation={implementation!r}, which returns no "
+                "probabilities: load the model with attn_implementation='eager'"
+            )
+        if past_key_values is not None and self.config.attention_type == "bidirectional":
+            raise ValueError(
+                "`past_key_values` with `attention_type='bidirectional'`: cached tokens would have to see later ones; "
+                "call the model without a cache"
+            )
+
+
+class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, GenerationMixin):
+    """The decoder with an output head over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: MiniLLMConfig) -> None:
+        super().__init__(config)
+        self.model = MiniLLMModel(config)
+        self.vocab_size = config.vocab_size
+        head = NormHead if config.norm_head else nn.Linear
+        self.lm_head = head(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        # Resizing hands over a plain Linear that holds the rows as stored.
+        if self.config.norm_head and type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = NormHead
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        prefix_mask: torch.Tensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        block_position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As `MiniLLMModel.forward`, and:
+
+        Args:
+            labels: [batch, Q] token ids, -100 where nothing is predicted. Position t - 1 predicts `labels[t]`: the
+                model shifts, and never edits them.
+            logits_to_keep: compute logits of the last so many positions only (0: all), or of these indices.
+            kwargs: `num_items_in_batch` and `shift_labels` reach the loss.
+
+        Returns:
+            logits [batch, kept positions, vocab_size] and, given labels, the mean cross-entropy.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            prefix_mask=prefix_mask,
+            document_ids=document_ids,
+            block_position_ids=block_position_ids,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MiniLLMForSequenceClassification(GenericForSequenceClassification, MiniLLMPreTrainedModel):
+    """The decoder with a class per text, read at its last real token."""
+
+    def __init__(self, config: MiniLLMConfig) -> None:
+        MiniLLMPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MiniLLMModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    # The per-token inputs are named because Trainer drops every column that it cannot see in the signature.
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        block_position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """As `MiniLLMModel.forward`; `labels` [batch] are classes, or values for regression."""
+        extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            labels,
+            use_cache,
+            **extra,
+            **kwargs,
+        )
+
+
+class MiniLLMForTokenClassification(GenericForTokenClassification, MiniLLMPreTrainedModel):
+    """The decoder with a class per token."""
+
+    def __init__(self, config: MiniLLMConfig) -> None:
+        MiniLLMPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MiniLLMModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", config.hidden_dropout))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        block_position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """As `MiniLLMModel.forward`; `labels` [batch, Q] are classes."""
+        extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            labels,
+            use_cache,
+            **extra,
+            **kwargs,
+        )
+
+
+class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrainedModel):
+    """The decoder with a start and an end score per token."""
+
+    def __init__(self, config: MiniLLMConfig) -> None:
+        MiniLLMPreTrainedModel.__init__(self, config)
+        self.model = MiniLLMModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        block_position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """As `MiniLLMModel.forward`; `start_positions` and `end_positions` [batch] are token indices."""
+        extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            start_positions,
+            end_positions,
+            **extra,
+            **kwargs,
+        )
+
+
+__all__ = [
+    "MiniLLMForCausalLM",
+    "MiniLLMForQuestionAnswering",
+    "MiniLLMForSequenceClassification",
+    "MiniLLMForTokenClassification",
+    "MiniLLMModel",
+    "MiniLLMPreTrainedModel",
+]

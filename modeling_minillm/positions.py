@@ -1,0 +1,245 @@
+"""How order is known: rotary embeddings, additive position embeddings, and attention biases.
+
+Shapes: B batch, H heads, Q new tokens, K keys, D channels. Positions are integers [B or 1, length].
+"""
+
+import copy
+import math
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+
+
+class MiniLLMRotaryEmbedding(nn.Module):
+    """Cosines and sines of RoPE (arXiv 2104.09864) for all of transformers' scaling types and the fixed NTK-aware one.
+
+    Args:
+        config: gives `rope_parameters`, `rope_interleaved`, `rope_2d` and `head_dim`.
+    """
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
+    def __init__(self, config: MiniLLMConfig) -> None:
+        super().__init__()
+        config.standardize_rope_params()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        inv_freq, self.attention_scaling = self.compute_inv_freq()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def compute_inv_freq(self) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies [rotary channels of one axis / 2] in float32 and the factor on cosines and sines."""
+        config = copy.copy(self.config)
+        if config.rope_2d:
+            config.head_dim = config.head_dim // 2
+        functions = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters, "ntk": compute_ntk}
+        return functions[self.rope_type](config)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MiniLLMConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+        """`theta ** (-2i / dim)` over the rotary channels."""
+        return inverse_frequencies(config, config.rope_parameters["rope_theta"]), 1.0
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cosines and sines [B, Q, rotary channels] in the dtype of `x`; both axes side by side in 2D."""
+        cos, sin = self.rotate(x, position_ids)
+        if self.config.rope_2d:
+            second = torch.zeros_like(position_ids) if block_position_ids is None else block_position_ids
+            block_cos, block_sin = self.rotate(x, second)
+            block_cos, block_sin = (part.expand(cos.shape[0], -1, -1) for part in (block_cos, block_sin))
+            cos, sin = (part.expand(block_cos.shape[0], -1, -1) for part in (cos, sin))
+            cos, sin = torch.cat((cos, block_cos), dim=-1), torch.cat((sin, block_sin), dim=-1)
+        return cos, sin
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def rotate(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines along one axis, each frequency twice as `rope_interleaved` lays them out."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = angles.repeat_interleave(2, dim=-1) if self.config.rope_interleaved else angles.repeat(1, 1, 2)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def inverse_frequencies(config: MiniLLMConfig, theta: float) -> torch.Tensor:
+    dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+
+
+def compute_ntk(config: MiniLLMConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+    """Fixed NTK-aware scaling: the base grows by `factor ** (dim / (dim - 2))`, so that the lowest frequency is
+    stretched by `factor` and the highest stays."""
+    dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    stretch = config.rope_parameters["factor"] ** (dim / max(dim - 2, 1))
+    return inverse_frequencies(config, config.rope_parameters["rope_theta"] * stretch), 1.0
+
+
+def rotate_pairs(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Maps each channel pair (a, b) to (-b, a); pairs are neighbours or half a vector apart."""
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((-b, a), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, config: MiniLLMConfig) -> torch.Tensor:
+    """Rotates the first channels of `x` [B, H, Q, D] by `cos`, `sin` [B, Q, rotary channels]; the rest stays."""
+    rotary_dim = cos.shape[-1]
+    rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    axes = rotary.unflatten(-1, (1 + config.rope_2d, -1))
+    turned = rotate_pairs(axes, config.rope_interleaved).flatten(-2)
+    rotary = rotary * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+    return torch.cat((rotary, rest), dim=-1) if rest.shape[-1] else rotary
+
+
+def sinusoidal_embedding(position_ids: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sines at even and cosines at odd channels (arXiv 1706.03762, section 3.5): [B, length, size]."""
+    step = torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float) / size
+    angles = position_ids[..., None].float() * 10000.0**-step
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :size].to(dtype)
+
+
+def _learned(model: nn.Module, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None) -> torch.Tensor:
+    return model.embed_positions(position_ids)
+
+
+def _sinusoidal(model: nn.Module, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None) -> torch.Tensor:
+    return sinusoidal_embedding(position_ids, model.config.hidden_size, model.embed_tokens.weight.dtype)
+
+
+def _glm_2d(model: nn.Module, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None) -> torch.Tensor:
+    if block_position_ids is None:
+        block_position_ids = torch.zeros_like(position_ids)
+    return model.embed_positions(position_ids) + model.embed_block_positions(block_position_ids)
+
+
+POSITION_TABLES = {"learned": ("embed_positions",), "glm_2d": ("embed_positions", "embed_block_positions")}
+"""Names of the learned tables [position_table_size, hidden] that a scheme keeps on the model."""
+
+POSITION_EMBEDDINGS = {"learned": _learned, "sinusoidal": _sinusoidal, "glm_2d": _glm_2d}
+"""Schemes that add something to the token embedding."""
+
+
+class PositionBias:
+    """A bias on attention scores that depends on head and distance.
+
+    It is written once, in closed form, for one score at a time: indexing with (batch, head, query, key) gives flex
+    attention's `score_mod` its term without an n x n tensor, and `dense()` gives the whole table to other back ends.
+
+    Args:
+        config: the model's configuration.
+        query_positions, key_positions: [B or 1, Q] and [B or 1, K] on the first axis.
+        dtype: the model's dtype (read by `alibi_rounding='bloom'` only).
+    """
+
+    def __init__(
+        self, config: MiniLLMConfig, query_positions: torch.Tensor, key_positions: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        self.config = config
+        self.query_positions = query_positions
+        self.key_positions = key_positions
+        self.dtype = dtype
+        self.head_factors = self.factors(query_positions.device)
+
+    def factors(self, device: torch.device) -> torch.Tensor:
+        """One number per head [H], float32."""
+        raise NotImplementedError
+
+    def dense(self) -> torch.Tensor:
+        """The bias [B or 1, H, Q, K] (Q may be 1 where it does not depend on the query), float32."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: tuple) -> torch.Tensor:
+        raise NotImplementedError
+
+    def local_heads(self, first: int, count: int) -> "PositionBias":
+        """The bias of `count` heads from `first` on, for a tensor-parallel rank."""
+        part = copy.copy(self)
+        part.head_factors = self.head_factors[first : first + count]
+        return part
+
+    def _distance(self, batch, query, key) -> torch.Tensor:
+        # A single row of positions serves every batch row.
+        query_row = batch if self.query_positions.shape[0] > 1 else 0
+        key_row = batch if self.key_positions.shape[0] > 1 else 0
+        return (self.query_positions[query_row, query] - self.key_positions[key_row, key]).abs()
+
+    def _distances(self) -> torch.Tensor:
+        return (self.query_positions[:, None, :, None] - self.key_positions[:, None, None, :]).abs()
+
+
+class AlibiBias(PositionBias):
+    """ALiBi (arXiv 2108.12409): `-slope * distance`, formed from the integer distance so that it is exact at any
+    length; under `alibi_rounding` the key-only form of Bloom or Falcon with their rounding."""
+
+    def factors(self, device: torch.device) -> torch.Tensor:
+        heads, bias_max = self.config.num_attention_heads, self.config.alibi_bias_max
+        power = 2 ** math.ceil(math.log2(heads))
+        slopes = [2.0 ** (-bias_max * i / power) for i in range(1, power + 1)]
+        if power != heads:
+            # Every second slope is that of the next lower power of two; the ones between fill up.
+            slopes = (slopes[1::2] + slopes[0::2])[:heads]
+        return torch.tensor(slopes, device=device) * self.config.alibi_scale
+
+    def dense(self) -> torch.Tensor:
+        slopes = self.head_factors[None, :, None, None]
+        if self.config.alibi_rounding == "none":
+            return -slopes * self._distances()
+        return self._rounded(slopes, self.key_positions[:, None, None, :])
+
+    def __getitem__(self, index: tuple) -> torch.Tensor:
+        batch, head, query, key = index
+        if self.config.alibi_rounding == "none":
+            return -self.head_factors[head] * self._distance(batch, query, key)
+        key_row = batch if self.key_positions.shape[0] > 1 else 0
+        return self._rounded(self.head_factors[head], self.key_positions[key_row, key])
+
+    def _rounded(self, slopes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if self.config.alibi_rounding == "bloom":
+            return (slopes * positions).to(self.dtype).float()
+        # Falcon rounds before its factor 1/sqrt(head_dim), which `alibi_scale` put into the slopes.
+        scale = self.config.alibi_scale
+        return ((slopes / scale).bfloat16() * positions.bfloat16()).float() * scale
+
+
+class SandwichBias(PositionBias):
+    """Sandwich (arXiv 2212.10356, section 5): the inner product of two sinusoidal embeddings, which depends on the
+    distance alone, `sum_i cos(distance / 10000 ** (2i / sandwich_dim))`, divided by `8 * h / heads` for head h."""
+
+    def factors(self, device: torch.device) -> torch.Tensor:
+        heads = self.config.num_attention_heads
+        return heads / (8.0 * torch.arange(1, heads + 1, device=device, dtype=torch.float))
+
+    def _frequencies(self, dtype: torch.dtype) -> torch.Tensor:
+        steps = torch.arange(0, self.config.sandwich_dim, 2, device=self.head_factors.device, dtype=dtype)
+        return 10000.0 ** (-steps / self.config.sandwich_dim)
+
+    def dense(self) -> torch.Tensor:
+        # cos(a - b) = cos a cos b + sin a sin b turns the sum into one matrix product; the angles need float64.
+        frequencies = self._frequencies(torch.float64)
+        sides = []
+        for positions in (self.query_positions, self.key_positions):
+            angles = positions[..., None] * frequencies
+            sides.append(torch.cat((angles.sin(), angles.cos()), dim=-1).float())
+        return self.head_factors[None, :, None, None] * (sides[0] @ sides[1].transpose(1, 2))[:, None]
+
+    def __getitem__(self, index: tuple) -> torch.Tensor:
+        batch, head, query, key = index
+        distance = self._distance(batch, query, key)
+        total = 0.0
+        for i in range(0, self.config.sandwich_dim, 2):
+            total = total + torch.cos(distance * 10000.0 ** (-i / self.config.sandwich_dim))
+        return self.head_factors[head] * total
+
+
+POSITION_BIASES = {"alibi": AlibiBias, "sandwich": SandwichBias}
+"""Schemes that act inside attention."""

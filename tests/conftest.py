@@ -1,0 +1,41 @@
+"""One torch thread per worker, no hub, poisoned memory, and a guard against a second copy of the package."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import sys
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fills fresh tensors with NaN, so that reading uninitialised memory shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def one_copy_of_the_package():
+    """The folders of the repository must be imported as `minillm` only."""
+    yield
+    second = {"configuration", "modeling_minillm", "tokenization", "training", "evaluation", "cli"} & set(sys.modules)
+    assert not second, f"imported from the repository root instead of as minillm.*: {sorted(second)}"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
