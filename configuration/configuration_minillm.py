@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from minillm.configuration.presets import PRESETS
+from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS
 from minillm.version import __version__
 
 logger = logging.get_logger(__name__)
@@ -25,110 +26,6 @@ if parse(transformers.__version__) < parse(OLDEST_TRANSFORMERS):
         f"MiniLLM needs transformers >= {OLDEST_TRANSFORMERS}, found {transformers.__version__}: "
         f"pip install -U 'transformers>={OLDEST_TRANSFORMERS},<6'"
     )
-
-FOREIGN_SPELLINGS = {
-    "n_embd": "hidden_size",
-    "d_model": "hidden_size",
-    "n_embed": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_layers": "num_hidden_layers",
-    "num_layers": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "multi_query_group_num": "num_key_value_heads",
-    "multi_query": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "n_inner": "intermediate_size",
-    "ffn_dim": "intermediate_size",
-    "ffn_hidden_size": "intermediate_size",
-    "inner_hidden_size": "intermediate_size",
-    "n_positions": "max_position_embeddings",
-    "n_ctx": "max_position_embeddings",
-    "max_seq_len": "max_position_embeddings",
-    "max_sequence_length": "max_position_embeddings",
-    "seq_length": "max_position_embeddings",
-    "model_max_length": "max_position_embeddings",
-    "rms_norm_eps": "norm_eps",
-    "layer_norm_eps": "norm_eps",
-    "layer_norm_epsilon": "norm_eps",
-    "layernorm_epsilon": "norm_eps",
-    "activation_function": "hidden_act",
-    "hidden_activation": "hidden_act",
-    "alibi": "position_embedding_type",
-    "attention_bias": "attention_qkv_bias",
-    "add_qkv_bias": "attention_qkv_bias",
-    "parallel_attn": "parallel_residual",
-    "num_ln_in_parallel_attn": "num_parallel_norms",
-    "attn_pdrop": "attention_dropout",
-    "resid_pdrop": "hidden_dropout",
-    "embd_pdrop": "embedding_dropout",
-    "padded_vocab_size": "vocab_size",
-    "block_position_encoding": "position_embedding_type",
-}
-"""Other libraries' names for our fields: converters know them, a MiniLLM config refuses them by name."""
-
-KNOWN_EXTRA_KEYS = frozenset(
-    [
-        "model_type",
-        "auto_map",
-        "num_labels",
-        "output_attentions",
-        "attn_implementation",
-        "experts_implementation",
-        "name_or_path",
-        "torch_dtype",
-        "quantization_config",
-        "rope_theta",
-        "rope_scaling",
-        "partial_rotary_factor",
-        "per_layer_config",
-        "tie_last_hidden_states",
-        "is_decoder",
-        "gradient_checkpointing",
-        "classifier_dropout",
-        "tokenizer_class",
-        "custom_pipelines",
-        "label_names",
-        "token_classification_bias",
-        "use_return_dict",
-        "add_cross_attention",
-        "cross_attention_hidden_size",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "num_beam_groups",
-        "diversity_penalty",
-        "decoder_start_token_id",
-        "sep_token_id",
-        "prefix",
-        "task_specific_params",
-        "finetuning_task",
-        "tie_encoder_decoder",
-        "pruned_heads",
-    ]
-)
-"""Keys that transformers itself reads or writes beside our fields."""
 
 FIELD_OWNERS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "prompt_is_prefix": ("attention_type", ("prefix",)),
@@ -145,25 +42,11 @@ FIELD_OWNERS: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 """Fields that say something only under certain values of another field: set anywhere else they are refused."""
 
-POSITIVE_FIELDS = [
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_position_embeddings",
-    "sliding_window",
-    "position_table_size",
-    "sandwich_dim",
-    "norm_eps",
-    "deepnorm_alpha",
-    "deepnorm_beta",
-    "alibi_scale",
-    "alibi_bias_max",
-    "initializer_range",
-]
+POSITIVE_FIELDS = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
+    "max_position_embeddings sliding_window position_table_size sandwich_dim norm_eps deepnorm_alpha "
+    "deepnorm_beta alibi_scale alibi_bias_max initializer_range"
+).split()
 UNIT_INTERVAL_FIELDS = ("attention_dropout", "hidden_dropout", "embedding_dropout", "embedding_gradient_scale")
 GLU_ONLY_ACTS = ("gtu", "bilinear")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "ntk")
@@ -192,7 +75,7 @@ class MiniLLMConfig(PreTrainedConfig):
             bidirectional); inside a prefix block everything stays visible.
         prompt_is_prefix (`bool`, defaults to `True`): whether `generate()` takes the prompt as the prefix.
         qk_norm (`bool`, defaults to `False`): normalise queries and keys per head, before RoPE (arXiv 2302.05442).
-        attention_qkv_bias, attention_out_bias (`bool`, default to `False`): biases of the q/k/v and output projections.
+        attention_qkv_bias, attention_out_bias (`bool`, default to `False`): biases of the q/k/v and output projection.
         attention_dropout (`float`, defaults to 0): dropout on attention probabilities.
 
         position_embedding_type (`str`, defaults to `"rope"`): `rope` (arXiv 2104.09864), `alibi` (2108.12409),
@@ -456,8 +339,8 @@ class MiniLLMConfig(PreTrainedConfig):
             ),
             (
                 self.parallel_residual and self.norm_placement != "pre",
-                f"`parallel_residual=True` and `norm_placement={self.norm_placement!r}`: parallel blocks are pre-norm; "
-                "set `norm_placement='pre'` or `parallel_residual=False`",
+                f"`parallel_residual=True` and `norm_placement={self.norm_placement!r}`: parallel blocks are "
+                "pre-norm; set `norm_placement='pre'` or `parallel_residual=False`",
             ),
             (
                 bool(self.use_cache) and self.attention_type == "bidirectional",
@@ -466,8 +349,8 @@ class MiniLLMConfig(PreTrainedConfig):
             ),
             (
                 self.alibi_rounding != "none" and self.attention_type != "causal",
-                f"`alibi_rounding={self.alibi_rounding!r}` and `attention_type={self.attention_type!r}`: this rounding "
-                "is defined by key position alone, which only a causal mask allows; set `alibi_rounding='none'`",
+                f"`alibi_rounding={self.alibi_rounding!r}` and `attention_type={self.attention_type!r}`: this "
+                "rounding is defined by key position alone, which only a causal mask allows; set `alibi_rounding='none'`",
             ),
             (
                 self.position_embedding_type == "rope" and (rotary_dim < axis_dim or rotary_dim % axis_dim != 0),

@@ -37,7 +37,7 @@ class MiniLLMGenerationMixin:
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Runs once per `generate()`, before beams, caches and candidates: puts the prompt's prefix into the kwargs."""
+        """Runs once per `generate()`, before beams, caches and candidates: puts the prompt's prefix in the kwargs."""
         embeds = model_kwargs.get("inputs_embeds")
         prompt = embeds if input_ids is None or (input_ids.shape[-1] == 0 and embeds is not None) else input_ids
         mask = model_kwargs.get("prefix_mask")
@@ -93,8 +93,8 @@ class MiniLLMGenerationMixin:
     def create_masks_for_generate(
         attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
     ) -> torch.Tensor | None:
-        """For fixed-size caches: the 2D mask at the cache's full length, from which forward builds mask and bias inside
-        the graph, by the same code as for every other cache."""
+        """For fixed-size caches: the 2D mask at the cache's full length, from which forward builds mask and bias
+        inside the graph, by the same code as for every other cache."""
         if attention_mask is None or attention_mask.ndim != 2:
             return attention_mask
         missing = past_key_values.get_max_length() - attention_mask.shape[1]

@@ -157,6 +157,12 @@ class Layout:
         require_shape("position_ids", position_ids, self.batch, lengths, "new tokens, or cached and new tokens")
         self.given_positions = position_ids.to(self.device)
 
+    def may_be_packed(self, attention_mask: torch.Tensor | None, block_position_ids: torch.Tensor | None) -> bool:
+        """Whether restarting positions would say, and nothing else says, that a row holds several documents."""
+        given = self.given_positions
+        alone = attention_mask is None and block_position_ids is None and self.is_fresh
+        return alone and given is not None and given.shape[1] == self.query_length > 1
+
     def infer_documents(self) -> None:
         """A document begins wherever `position_ids` restart at 0. The values are looked at in eager mode; a traced
         graph builds the documents whether or not there is more than one."""
@@ -179,8 +185,8 @@ class Layout:
 
     def _require_blocks(self, blocks: torch.Tensor, real: torch.Tensor | None) -> None:
         message = (
-            "`prefix_mask` is not a prefix within its document: over the real tokens of each document it must be ones, "
-            "then zeros"
+            "`prefix_mask` is not a prefix within its document: over the real tokens of each document it must be "
+            "ones, then zeros"
         )
         require(blocks >= 0, "`prefix_mask` holds a negative value; it is 1 inside the prefix and 0 outside")
         starts = torch.zeros_like(blocks, dtype=torch.bool)
@@ -340,9 +346,8 @@ def lay_out(
         require_shape("block_position_ids", block_position_ids, layout.batch, lengths, "the tokens that go in")
     if document_ids is not None:
         layout.set_documents(document_ids)
-    elif position_ids is not None and attention_mask is None and block_position_ids is None and layout.is_fresh:
-        if position_ids.shape[1] == layout.query_length > 1:
-            layout.infer_documents()
+    elif layout.may_be_packed(attention_mask, block_position_ids):
+        layout.infer_documents()
     if prefix_mask is not None:
         if config.attention_type != "prefix":
             raise ValueError(

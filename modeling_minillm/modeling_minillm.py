@@ -44,16 +44,8 @@ logger = logging.get_logger(__name__)
 
 # They repeat `position_ids` or the cache's own length, or concern only the loss.
 UNREAD_TENSORS = frozenset(
-    [
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "seq_idx",
-        "cache_position",
-        "num_items_in_batch",
-        "shift_labels",
-    ]
+    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx cache_position "
+    "num_items_in_batch shift_labels".split()
 )
 PAGED_KEYS = ("read_index", "write_index")
 

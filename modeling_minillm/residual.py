@@ -23,7 +23,7 @@ def pre_norm(layer: nn.Module, hidden_states: torch.Tensor, attend: Attend) -> t
 
 
 def post_norm(layer: nn.Module, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
-    """`norm(alpha * h + f(h))`: the original Transformer (arXiv 1706.03762) with alpha 1, else DeepNorm (2203.00555)."""
+    """`norm(alpha * h + f(h))`: the first Transformer (arXiv 1706.03762) with alpha 1, else DeepNorm (2203.00555)."""
     hidden_states = layer.input_layernorm(layer.alpha * hidden_states + layer.dropout(attend(hidden_states)))
     return layer.post_attention_layernorm(layer.alpha * hidden_states + layer.dropout(layer.mlp(hidden_states)))
 
