@@ -350,7 +350,8 @@ class MiniLLMConfig(PreTrainedConfig):
             (
                 self.alibi_rounding != "none" and self.attention_type != "causal",
                 f"`alibi_rounding={self.alibi_rounding!r}` and `attention_type={self.attention_type!r}`: this "
-                "rounding is defined by key position alone, which only a causal mask allows; set `alibi_rounding='none'`",
+                "rounding is defined by key position alone, which only a causal mask allows; "
+                "set `alibi_rounding='none'`",
             ),
             (
                 self.position_embedding_type == "rope" and (rotary_dim < axis_dim or rotary_dim % axis_dim != 0),

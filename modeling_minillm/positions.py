@@ -55,9 +55,8 @@ class MiniLLMRotaryEmbedding(nn.Module):
         if self.config.rope_2d:
             second = torch.zeros_like(position_ids) if block_position_ids is None else block_position_ids
             block_cos, block_sin = self.rotate(x, second)
-            block_cos, block_sin = (part.expand(cos.shape[0], -1, -1) for part in (block_cos, block_sin))
-            cos, sin = (part.expand(block_cos.shape[0], -1, -1) for part in (cos, sin))
-            cos, sin = torch.cat((cos, block_cos), dim=-1), torch.cat((sin, block_sin), dim=-1)
+            cos = torch.cat(torch.broadcast_tensors(cos, block_cos), dim=-1)
+            sin = torch.cat(torch.broadcast_tensors(sin, block_sin), dim=-1)
         return cos, sin
 
     @torch.no_grad()
