@@ -1,0 +1,100 @@
+"""The shape of the repository: packages, public names, light import, registration."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import minillm
+import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup_dict() -> dict[str, str]:
+    for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "PACKAGES":
+            return ast.literal_eval(node.value)
+    raise AssertionError("setup.py has no PACKAGES")
+
+
+def test_packages_are_the_folders():
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert set(setup_dict().values()) == rooms
+    nested = [path for room in rooms for path in (ROOT / room).glob("*/__init__.py")]
+    assert not nested, f"sub-packages are missing from setup.py: {nested}"
+
+
+def test_no_top_level_folder_shadows_the_package():
+    assert not (ROOT / "minillm").exists()
+
+
+def test_file_names_are_unique_across_rooms():
+    names = [path.name for room in setup_dict().values() for path in (ROOT / room).glob("*.py")]
+    names = [name for name in names if name != "__init__.py"]
+    assert len(names) == len(set(names)), sorted(names)
+
+
+def test_public_names():
+    assert sorted(minillm.__all__) == [
+        "MiniLLMConfig",
+        "MiniLLMForCausalLM",
+        "MiniLLMForQuestionAnswering",
+        "MiniLLMForSequenceClassification",
+        "MiniLLMForTokenClassification",
+        "MiniLLMModel",
+        "MiniLLMPreTrainedModel",
+        "MiniLLMTokenizer",
+        "__version__",
+    ]
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM], ids=lambda cls: cls.__name__)
+def test_auto_classes_know_the_models(auto_class):
+    config = AutoConfig.for_model("minillm", vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    assert type(auto_class.from_config(config)).__name__.startswith("MiniLLM")
+
+
+def in_fresh_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    code = (
+        "import minillm, sys; print(sorted(name for name in "
+        "('peft', 'datasets', 'matplotlib', 'trl', 'lm_eval', 'rich', 'typer') if name in sys.modules))"
+    )
+    assert in_fresh_process(code) == "[]"
+
+
+@pytest.mark.parametrize("order", ["import minillm, peft", "import peft, minillm"])
+def test_peft_tables_are_filled_in_either_order(order):
+    code = (
+        f"{order}\nimport peft.utils.constants as tables\n"
+        "found = [(name, table) for name, table in vars(tables).items() if name.startswith('TRANSFORMERS_MODELS_TO')"
+        " and isinstance(table, dict) and 'llama' in table]\n"
+        "print(len(found) > 20, all(table['minillm'] == table['llama'] for _, table in found))"
+    )
+    assert in_fresh_process(code) == "True True"
+
+
+def test_too_old_transformers_is_refused_by_name():
+    code = (
+        "import transformers\ntransformers.__version__ = '5.0.0'\n"
+        "try:\n    import minillm\nexcept ImportError as error:\n    print(error)"
+    )
+    message = in_fresh_process(code)
+    assert "5.17" in message and "5.0.0" in message and "pip install" in message
+
+
+def test_version_is_one():
+    from importlib.metadata import version
+
+    assert version("minillm-hf") == minillm.__version__
+
+
+def test_py_typed_ships():
+    assert (Path(minillm.__file__).parent / "py.typed").exists()
