@@ -81,15 +81,15 @@ def count_positions(document):
 
 
 def number_prefix_blocks(document, prefix):
-    """A block begins at the first prefix token of a run and at a change of document; padding neither begins nor ends
-    one.
+    """A block begins at the first prefix token of a run, at a change of document and where the mask's number changes
+    (prompts of later turns are 2, 3, ...); padding neither begins nor ends one.
     """
     block, blocks, last = -1, [], None
     for number, inside in zip(document, prefix, strict=True):
         if number is None:
             blocks.append(None)
             continue
-        now = (number, bool(inside))
+        now = (number, inside)
         if inside and now != last:
             block += 1
         blocks.append(block if inside else None)
