@@ -293,7 +293,7 @@ class MiniLLMConfig(PreTrainedConfig):
         for name in UNIT_INTERVAL_FIELDS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1")
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for name in ("bos_token_id", "eos_token_id"):
             ids = getattr(self, name)
             for token_id in ids if isinstance(ids, list) else [ids]:
                 if token_id is not None and not 0 <= token_id < self.vocab_size:
@@ -367,6 +367,10 @@ class MiniLLMConfig(PreTrainedConfig):
                 self.rope_2d and rope.get("rope_type", "default") not in ("default", "linear", "ntk"),
                 f"`rope_2d=True` and `rope_type={rope.get('rope_type')!r}`: two axes are stretched by 'linear' or "
                 "'ntk' only",
+            ),
+            (
+                self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,
+                f"`pad_token_id={self.pad_token_id}` lies outside the vocabulary of `vocab_size={self.vocab_size}` ids",
             ),
             (
                 self.sandwich_dim % 2 != 0,

@@ -39,6 +39,7 @@ FOREIGN_SPELLINGS = {
     "embd_pdrop": "embedding_dropout",
     "padded_vocab_size": "vocab_size",
     "block_position_encoding": "position_embedding_type",
+    "is_causal": "attention_type",
 }
 """Other libraries' names for our fields: converters know them, a MiniLLM config refuses them by name."""
 

@@ -38,6 +38,7 @@ class MiniLLMGenerationMixin:
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Runs once per `generate()`, before beams, caches and candidates: puts the prompt's prefix in the kwargs."""
+        self._refuse_unsliced(model_kwargs)
         embeds = model_kwargs.get("inputs_embeds")
         prompt = embeds if input_ids is None or (input_ids.shape[-1] == 0 and embeds is not None) else input_ids
         mask = model_kwargs.get("prefix_mask")
@@ -63,6 +64,19 @@ class MiniLLMGenerationMixin:
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
+
+    def _refuse_unsliced(self, model_kwargs: dict[str, Any]) -> None:
+        """`generate()` continues every row as one text on the first position axis."""
+        if model_kwargs.get("document_ids") is not None:
+            raise ValueError("`document_ids` in generate(): each row continues one document; give one document a row")
+        if model_kwargs.pop("block_position_ids", None) is not None and self._has_two_axes():
+            raise ValueError(
+                "`block_position_ids` in generate(): the text is continued on the first position axis, with 0 on the "
+                "second; call the model itself to decode on both"
+            )
+
+    def _has_two_axes(self) -> bool:
+        return self.config.position_embedding_type == "glm_2d" or self.config.rope_2d
 
     def prepare_inputs_for_generation(
         self,

@@ -83,6 +83,17 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
         return self.wiring(self, hidden_states, lambda stream: self.self_attn(stream, **kwargs)[0])
 
 
+def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states [batch, length, hidden] that `logits_to_keep` names, as transformers understands it."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None), :]
+    if logits_to_keep.dtype == torch.bool and logits_to_keep.ndim == 2:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
+    return hidden_states[:, logits_to_keep, :]
+
+
 class NormHead(nn.Linear):
     """Output head whose rows are divided by their length (Baichuan2): `h @ normalize(W).T`, floor 1e-12."""
 
@@ -251,6 +262,12 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                         f"`{key}` is a tensor that this model does not read; leave it out (it reads attention_mask, "
                         "position_ids, prefix_mask, document_ids and block_position_ids)"
                     )
+        is_causal = self.config.attention_type != "bidirectional"
+        if kwargs.get("is_causal", is_causal) != is_causal:
+            raise ValueError(
+                f"`is_causal={kwargs['is_causal']}` with `attention_type={self.config.attention_type!r}`: who sees whom is "
+                "a matter of the config; set `attention_type`"
+            )
         wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if wants_attentions and implementation != "eager":
             raise ValueError(
@@ -307,7 +324,8 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
         Args:
             labels: [batch, Q] token ids, -100 where nothing is predicted. Position t - 1 predicts `labels[t]`: the
                 model shifts, and never edits them.
-            logits_to_keep: compute logits of the last so many positions only (0: all), or of these indices.
+            logits_to_keep: compute logits of the last so many positions only (0: all), of these positions [n] or
+                [batch, n], or of the True positions of a boolean mask [batch, Q] (logits [n, vocab_size] then).
             kwargs: `num_items_in_batch` and `shift_labels` reach the loss.
 
         Returns:
@@ -325,8 +343,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
             block_position_ids=block_position_ids,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
