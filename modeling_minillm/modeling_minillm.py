@@ -265,8 +265,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         is_causal = self.config.attention_type != "bidirectional"
         if kwargs.get("is_causal", is_causal) != is_causal:
             raise ValueError(
-                f"`is_causal={kwargs['is_causal']}` with `attention_type={self.config.attention_type!r}`: who sees whom is "
-                "a matter of the config; set `attention_type`"
+                f"`is_causal={kwargs['is_causal']}` with `attention_type={self.config.attention_type!r}`: who sees whom "
+                "is a matter of the config; set `attention_type`"
             )
         wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if wants_attentions and implementation != "eager":
@@ -356,7 +356,32 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
         )
 
 
-class MiniLLMForSequenceClassification(GenericForSequenceClassification, MiniLLMPreTrainedModel):
+class PerTokenInputs:
+    """Names the per-token inputs in the signature of a generic head: Trainer drops every column that it cannot see
+    there."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        block_position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput:
+        """As `MiniLLMModel.forward`; `labels` are classes (or values, for regression) per text [batch] or token
+        [batch, Q]."""
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache)
+        extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
+        return super().forward(*inputs, **extra, **kwargs)
+
+
+class MiniLLMForSequenceClassification(PerTokenInputs, GenericForSequenceClassification, MiniLLMPreTrainedModel):
     """The decoder with a class per text, read at its last real token."""
 
     def __init__(self, config: MiniLLMConfig) -> None:
@@ -366,37 +391,8 @@ class MiniLLMForSequenceClassification(GenericForSequenceClassification, MiniLLM
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    # The per-token inputs are named because Trainer drops every column that it cannot see in the signature.
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        prefix_mask: torch.Tensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        block_position_ids: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
-        """As `MiniLLMModel.forward`; `labels` [batch] are classes, or values for regression."""
-        extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
-        return super().forward(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            labels,
-            use_cache,
-            **extra,
-            **kwargs,
-        )
 
-
-class MiniLLMForTokenClassification(GenericForTokenClassification, MiniLLMPreTrainedModel):
+class MiniLLMForTokenClassification(PerTokenInputs, GenericForTokenClassification, MiniLLMPreTrainedModel):
     """The decoder with a class per token."""
 
     def __init__(self, config: MiniLLMConfig) -> None:
@@ -406,34 +402,6 @@ class MiniLLMForTokenClassification(GenericForTokenClassification, MiniLLMPreTra
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", config.hidden_dropout))
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        prefix_mask: torch.Tensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        block_position_ids: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> TokenClassifierOutput:
-        """As `MiniLLMModel.forward`; `labels` [batch, Q] are classes."""
-        extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
-        return super().forward(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            labels,
-            use_cache,
-            **extra,
-            **kwargs,
-        )
 
 
 class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrainedModel):
@@ -461,17 +429,8 @@ class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrained
     ) -> QuestionAnsweringModelOutput:
         """As `MiniLLMModel.forward`; `start_positions` and `end_positions` [batch] are token indices."""
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
-        return super().forward(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            start_positions,
-            end_positions,
-            **extra,
-            **kwargs,
-        )
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        return super().forward(*inputs, start_positions, end_positions, **extra, **kwargs)
 
 
 __all__ = [
