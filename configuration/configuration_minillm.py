@@ -370,7 +370,7 @@ class MiniLLMConfig(PreTrainedConfig):
             ),
             (
                 self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,
-                f"`pad_token_id={self.pad_token_id}` lies outside the `vocab_size={self.vocab_size}` ids of the vocabulary",
+                f"`pad_token_id={self.pad_token_id}` lies outside the vocabulary (`vocab_size={self.vocab_size}`)",
             ),
             (
                 self.sandwich_dim % 2 != 0,

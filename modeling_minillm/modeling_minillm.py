@@ -265,8 +265,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         is_causal = self.config.attention_type != "bidirectional"
         if kwargs.get("is_causal", is_causal) != is_causal:
             raise ValueError(
-                f"`is_causal={kwargs['is_causal']}` with `attention_type={self.config.attention_type!r}`: who sees whom "
-                "is a matter of the config; set `attention_type`"
+                f"`is_causal={kwargs['is_causal']}` with `attention_type={self.config.attention_type!r}`: who sees "
+                "whom is a matter of the config; set `attention_type`"
             )
         wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if wants_attentions and implementation != "eager":
