@@ -1,0 +1,14 @@
+"""Perplexity, and the n-gram baselines that a language model has to beat."""
+
+from minillm.evaluation.ngram import BigramModel, UnigramModel, ngram_perplexity
+from minillm.evaluation.perplexity import PerplexityResult, batches, perplexity, token_nll
+
+__all__ = [
+    "BigramModel",
+    "PerplexityResult",
+    "UnigramModel",
+    "batches",
+    "ngram_perplexity",
+    "perplexity",
+    "token_nll",
+]

@@ -1,0 +1,33 @@
+"""Training with the stock `Trainer`: collators, callbacks and text to train on."""
+
+from minillm.training.callbacks import SetEpochCallback
+from minillm.training.collators import (
+    DataCollatorForCausalLM,
+    DataCollatorForPrefixLM,
+    DataCollatorForSFT,
+    pack_dataset,
+)
+from minillm.training.corpus import (
+    CorpusError,
+    TextDocument,
+    docstring_prose,
+    load_corpus,
+    split_corpus,
+    standard_library,
+    tokenize_documents,
+)
+
+__all__ = [
+    "CorpusError",
+    "DataCollatorForCausalLM",
+    "DataCollatorForPrefixLM",
+    "DataCollatorForSFT",
+    "SetEpochCallback",
+    "TextDocument",
+    "docstring_prose",
+    "load_corpus",
+    "pack_dataset",
+    "split_corpus",
+    "standard_library",
+    "tokenize_documents",
+]

@@ -1,0 +1,326 @@
+"""Collators for the stock `Trainer`: causal, prefix and supervised fine-tuning, each with packing.
+
+All three turn samples into documents, documents into rows and rows into the same tensors. They differ in two things:
+which tokens are scored and which form a bidirectional prefix.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from minillm.training.documents import (
+    IGNORE_INDEX,
+    Document,
+    Piece,
+    cut_by_documents,
+    read_answer,
+    read_ids,
+    read_scored,
+)
+from minillm.training.packing import best_fit_decreasing
+
+logger = logging.get_logger(__name__)
+
+Overlong = Literal["split", "truncate", "error"]
+
+
+@dataclass
+class DataCollatorForCausalLM:
+    """Packs documents into rows for a causal language model; every token but a document's first is scored.
+
+    A sample is a list of token ids or a mapping with `input_ids` and perhaps `attention_mask` (zeros are padding and
+    are left out), `labels` (the ids, or -100 where a token is not to be scored) and `document_ids`. A sample with
+    `document_ids` is a row already (see `pack_dataset`) and stays one. Fields of other names are not read.
+
+    Called with n samples it returns a dict of int64 tensors [rows, length], rows <= n unless documents are split:
+    `input_ids`; `attention_mask`, 1 on tokens and 0 on padding (always at the right); `labels`, -100 at padding and on
+    each document's first token (position t-1 predicts labels[t], the model shifts); and with `packing` also
+    `document_ids`, 1, 2, ... within a row, and `position_ids`, which begin at 0 in every document (both 0 at padding).
+
+    Args:
+        tokenizer: gives `pad_token_id`; a `Trainer` without a processing class saves it beside the model.
+        max_length: tokens in a row; needed for `packing`. None takes the longest sample.
+        packing: several documents may share a row; the number of rows of a batch then varies. False: one document a
+            row.
+        pad_token_id: id at padding. None takes the tokenizer's pad token, else its end token.
+        padding: "longest": to the longest row of the batch; "max_length": rows of one length throughout.
+        pad_to_multiple_of: rows become a multiple of it; it must divide `max_length`.
+        overlong: a document beyond `max_length` is split into pieces that count as documents of their own, loses its
+            end with a logged warning, or raises.
+        seed: seed of the random draws of the collators that draw; together with the epoch and the document's ids it
+            decides them alone, so that neither the order of samples nor the number of workers matters.
+
+    Raises:
+        ValueError: arguments that do not go together; when called, no samples, a sample that is not as described
+            (named by its number in the batch), or a batch without one token to score.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_length: int | None = None
+    packing: bool = True
+    pad_token_id: int | None = None
+    padding: Literal["longest", "max_length"] = "longest"
+    pad_to_multiple_of: int | None = None
+    overlong: Overlong = "split"
+    seed: int = 0
+    # Shared memory reaches worker processes that outlive an epoch.
+    _epoch: torch.Tensor = field(init=False, repr=False, compare=False)
+    _shortened: int = field(init=False, repr=False, compare=False, default=0)
+    _lost_tokens: int = field(init=False, repr=False, compare=False, default=0)
+
+    allowed_overlong = ("split", "truncate", "error")
+
+    def __post_init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        if self.pad_token_id is None:
+            self.pad_token_id = _pad_token_id(self.tokenizer)
+        _require_choice("overlong", self.overlong, self.allowed_overlong)
+        _require_choice("padding", self.padding, ("longest", "max_length"))
+        if self.max_length is None and (self.packing or self.padding == "max_length"):
+            raise ValueError('`packing=True` and `padding="max_length"` need `max_length`, the tokens in a row')
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"`max_length` is {self.max_length}; a row needs at least 2 tokens to score one")
+        multiple = self.pad_to_multiple_of
+        if multiple is not None and (multiple < 1 or (self.max_length or multiple) % multiple):
+            raise ValueError(f"`pad_to_multiple_of` is {multiple}; it must divide `max_length` ({self.max_length})")
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that random draws belong to."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the random draws, in running worker processes too."""
+        self._epoch.fill_(epoch)
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        rows = self.rows(samples)
+        batch = self._tensors([[self._document(piece) for piece in row] for row in rows])
+        if bool((batch["labels"] == IGNORE_INDEX).all()):
+            raise ValueError(
+                f"none of the {len(samples)} samples of this batch holds a token to score: a document needs two tokens"
+            )
+        return batch
+
+    def rows(self, samples: Sequence[Any]) -> list[list[Piece]]:
+        """The documents of each row, before any random draw. Samples that are rows already come first."""
+        if len(samples) == 0:
+            raise ValueError("the collator was called without samples")
+        done: list[list[Piece]] = []
+        loose: list[Piece] = []
+        for number, sample in enumerate(samples):
+            try:
+                pieces, is_row = self._read(sample)
+            except ValueError as error:
+                raise ValueError(f"sample {number} of {len(samples)}: {error}") from error
+            if is_row:
+                done.append(pieces)
+            else:
+                loose.extend(pieces)
+        if not self.packing:
+            return done + [[piece] for piece in loose]
+        packed = best_fit_decreasing([len(piece.input_ids) for piece in loose], self.max_length)
+        return done + [[loose[index] for index in row] for row in packed]
+
+    def _read(self, sample: Any) -> tuple[list[Piece], bool]:
+        """The pieces of a sample, none longer than `max_length`, and whether they form a row already."""
+        ids, scored, columns = self._ids_and_scored(sample)
+        if "document_ids" not in columns:
+            spans = self._fit(scored)
+        elif not self.packing:
+            raise ValueError("a sample with `document_ids` is a packed row; this collator has `packing=False`")
+        elif len(ids) > self.max_length:
+            raise ValueError(f"a packed row has {len(ids)} tokens; `max_length` is {self.max_length}")
+        else:
+            spans = cut_by_documents(columns["document_ids"])
+        return [Piece.cut(ids[span], scored[span]) for span in spans], "document_ids" in columns
+
+    def _ids_and_scored(self, sample: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        ids, columns = read_ids(sample)
+        return ids, read_scored(ids, columns), columns
+
+    def _document(self, piece: Piece) -> Document:
+        """The piece with its prefix, if the collator makes one."""
+        return Document(piece.input_ids, piece.labels, prefix_length=0)
+
+    def _fit(self, scored: np.ndarray) -> list[slice]:
+        """The spans of a document that are kept: all of it, pieces or a part, as `overlong` says."""
+        count, length = len(scored), self.max_length
+        if length is None or count <= length:
+            return [slice(0, count)]
+        if self.overlong == "error":
+            raise ValueError(f'a document has {count} tokens; `max_length` is {length} and `overlong` is "error"')
+        if self.overlong == "split":
+            return [slice(start, start + length) for start in range(0, count, length)]
+        self._count_lost(count - length)
+        start = self._kept_start(scored)
+        return [slice(start, start + length)]
+
+    def _kept_start(self, scored: np.ndarray) -> int:
+        """The first of the `max_length` tokens that truncation keeps."""
+        return 0
+
+    def _count_lost(self, tokens: int) -> None:
+        self._shortened += 1
+        self._lost_tokens += tokens
+        # At 1, 2, 4, 8, ... documents: the count stays visible without a line for each.
+        if self._shortened & (self._shortened - 1) == 0:
+            logger.warning(
+                f"{self._shortened} documents longer than max_length={self.max_length} were truncated so far; "
+                f"{self._lost_tokens} tokens dropped"
+            )
+
+    def _tensors(self, rows: list[list[Document]]) -> dict[str, torch.Tensor]:
+        width = max(sum(len(document.input_ids) for document in row) for row in rows)
+        if self.padding == "max_length":
+            width = max(width, self.max_length)
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-width // multiple) * multiple
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX, **self._extra_columns()}
+        batch = {name: np.full((len(rows), width), fill, np.int64) for name, fill in fills.items()}
+        for index, row in enumerate(rows):
+            start = 0
+            for number, document in enumerate(row, start=1):
+                span = slice(start, start + len(document.input_ids))
+                values = _columns_of(document, number)
+                for name, array in batch.items():
+                    array[index, span] = values[name]
+                start = span.stop
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _extra_columns(self) -> dict[str, int]:
+        """Names of the tensors beside ids, mask and labels, with their value at padding."""
+        return {"document_ids": 0, "position_ids": 0} if self.packing else {}
+
+
+@dataclass
+class DataCollatorForPrefixLM(DataCollatorForCausalLM):
+    """Packs documents for a prefix language model: a random part at each document's start sees itself in both
+    directions, the rest is predicted from left to right (Raffel et al. 2020, section 3.2.1).
+
+    Takes and returns what `DataCollatorForCausalLM` does, and `prefix_mask`, 1 inside the prefix. A prefix token sees
+    its successor, so labels are -100 on all of the prefix. A document of n >= 2 tokens gets a prefix of 1 to n-1; the
+    draw follows from (seed, epoch, the document's ids) alone. Add `SetEpochCallback` for new prefixes in each epoch.
+
+    Args:
+        prefix_fraction: (lowest, highest) part of a document that may become the prefix; drawn uniformly.
+    """
+
+    prefix_fraction: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.prefix_fraction
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"`prefix_fraction` is {self.prefix_fraction}; needed: 0 <= lowest <= highest <= 1")
+
+    def _document(self, piece: Piece) -> Document:
+        low, high = self.prefix_fraction
+        count = len(piece.input_ids)
+        draw = uniform_draw(self.seed, self.epoch, piece.input_ids)
+        length = int(np.clip((low + (high - low) * draw) * count, 1, max(1, count - 1)))
+        labels = np.where(np.arange(count) < length, IGNORE_INDEX, piece.labels)
+        return Document(piece.input_ids, labels, prefix_length=length)
+
+    def _extra_columns(self) -> dict[str, int]:
+        return {**super()._extra_columns(), "prefix_mask": 0}
+
+
+@dataclass
+class DataCollatorForSFT(DataCollatorForCausalLM):
+    """Packs prompts with their answers for supervised fine-tuning: only the answer is scored.
+
+    A sample tells its answer in one of these ways: `prompt_ids` and `completion_ids`; `input_ids` and `prompt_length`;
+    `input_ids` and `assistant_masks` (from `apply_chat_template(..., return_assistant_tokens_mask=True)`; several
+    answers may alternate with prompts) or `completion_mask`; `input_ids` and `labels` with -100 outside of the answer.
+    The tensors are those of `DataCollatorForCausalLM`, and `prefix_mask` with `prompt_is_prefix`.
+
+    A document beyond `max_length` is truncated with a logged warning (or raises with `overlong="error"`): the prompt
+    loses its start, down to half of `max_length`, then the answer its end. So an answer always remains.
+
+    Args:
+        prompt_is_prefix: for models with `attention_type="prefix"`: all tokens before the first answer form the
+            bidirectional prefix.
+    """
+
+    overlong: Overlong = "truncate"
+    prompt_is_prefix: bool = False
+
+    allowed_overlong = ("truncate", "error")
+
+    def _ids_and_scored(self, sample: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        return read_answer(sample)
+
+    def _document(self, piece: Piece) -> Document:
+        return Document(piece.input_ids, piece.labels, prefix_length=int((piece.labels != IGNORE_INDEX).argmax()))
+
+    def _kept_start(self, scored: np.ndarray) -> int:
+        prompt = int(scored.argmax())
+        answer = len(scored) - prompt
+        return prompt - max(self.max_length - answer, min(prompt, self.max_length // 2))
+
+    def _extra_columns(self) -> dict[str, int]:
+        return {**super()._extra_columns(), **({"prefix_mask": 0} if self.prompt_is_prefix else {})}
+
+
+def pack_dataset(samples: Any, collator: DataCollatorForCausalLM) -> Any:
+    """Packs a whole data set beforehand, so that the number of rows, and with it the steps of a run, is known.
+
+    Args:
+        samples: a sequence of samples as `collator` takes them; a `datasets.Dataset` gives one back.
+        collator: one of the collators here, with `packing`; give the same one to the `Trainer`.
+
+    Returns:
+        Rows of at most `max_length` tokens, each a mapping of lists: `input_ids`, `document_ids` and `labels`. The
+        collator takes a row as one sample. `Trainer` keeps these columns, since the model's forward names them.
+
+    Raises:
+        ValueError: no samples, a sample that is not as the collator wants it, or a collator without `packing`.
+    """
+    if not collator.packing:
+        raise ValueError("`pack_dataset` needs a collator with `packing=True`")
+    rows = [
+        {
+            "input_ids": np.concatenate([piece.input_ids for piece in row]).tolist(),
+            "document_ids": np.repeat(np.arange(1, len(row) + 1), [len(piece.input_ids) for piece in row]).tolist(),
+            "labels": np.concatenate([piece.labels for piece in row]).tolist(),
+        }
+        for row in collator.rows(samples)
+    ]
+    return type(samples).from_list(rows) if hasattr(samples, "from_list") else rows
+
+
+def uniform_draw(seed: int, epoch: int, ids: np.ndarray) -> float:
+    """A number in [0, 1) that depends on the seed, the epoch and the token ids (int64) and on nothing else."""
+    digest = hashlib.blake2b(np.ascontiguousarray(ids, "<i8").tobytes(), digest_size=8, key=f"{seed}:{epoch}".encode())
+    return (int.from_bytes(digest.digest(), "little") >> 11) / 2**53
+
+
+def _columns_of(document: Document, number: int) -> dict[str, Any]:
+    tokens = np.arange(len(document.input_ids))
+    return {
+        "input_ids": document.input_ids,
+        "attention_mask": 1,
+        "labels": document.labels,
+        "document_ids": number,
+        "position_ids": tokens,
+        "prefix_mask": tokens < document.prefix_length,
+    }
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    for name in ("pad_token_id", "eos_token_id"):
+        if (value := getattr(tokenizer, name, None)) is not None:
+            return value
+    raise ValueError("no id for padding: give `pad_token_id`, or a `tokenizer` with a pad or an end token")
+
+
+def _require_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` is {value!r}; allowed: {', '.join(map(repr, allowed))}")
