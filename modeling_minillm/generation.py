@@ -47,11 +47,14 @@ class MiniLLMGenerationMixin:
                 raise ValueError(
                     f"`prefix_mask` was given, but `attention_type={self.config.attention_type!r}` has no prefix"
                 )
-            if tuple(mask.shape) != tuple(prompt.shape[:2]):
+            missing = prompt.shape[1] - mask.shape[-1]
+            if mask.ndim != 2 or mask.shape[0] != prompt.shape[0] or missing < 0:
                 raise ValueError(
                     f"`prefix_mask` has shape {list(mask.shape)}; generate() expects {list(prompt.shape[:2])}, "
                     "one entry per token of the whole prompt"
                 )
+            # An assistant model is called with the first prompt's mask and an ever longer prompt.
+            mask = torch.nn.functional.pad(mask, (0, missing))
         elif self.config.attention_type == "prefix" and self.config.prompt_is_prefix:
             mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
             cache = model_kwargs.get("past_key_values")
