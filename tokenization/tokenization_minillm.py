@@ -58,8 +58,8 @@ CHAT_TEMPLATE = """\
 # Word-piece drops leading blanks; the mask's first character must belong to a token.
 TRIMMING_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{{- content -}}", "{{- content | trim -}}")
 
-# A word with the blank before it, one digit, a run of signs, a run of blanks that leaves one to the next word: letters,
-# digits and signs never share a piece, so none can look like a special token or like a byte piece such as <0x41>.
+# A word with the blank before it, one digit, a run of signs, a run of blanks that leaves one to the next word. As
+# letters, digits and signs never share a piece, none can look like a special token or a byte piece such as <0x41>.
 WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 SPACE = "\u2581"
 # SPACE stands for a blank inside the vocabulary, so a SPACE that is really in the text is written ESCAPE + "1", and
@@ -372,6 +372,8 @@ class MiniLLMTokenizer(PreTrainedTokenizerFast):
         **kwargs: Any,
     ) -> "MiniLLMTokenizer":
         """Trains a tokenizer that has pad, bos, eos, GLM's tokens and a chat template.
+
+        The two BPE models come out the same each time; the trainers of the others break ties in any order.
 
         Args:
             texts: strings or lists of strings; read once.
