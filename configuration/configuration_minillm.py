@@ -214,6 +214,8 @@ class MiniLLMConfig(PreTrainedConfig):
         self.schema_version = SCHEMA_VERSION
         self._check_extra_keys(kwargs)
         self._derive()
+        # On the instance, since transformers 5.17 adds to it for tied embeddings.
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         uses_rope = self.position_embedding_type == "rope"
         rope_keys = [key for key in ("rope_theta", "rope_scaling", "partial_rotary_factor") if kwargs.get(key)]
         if not uses_rope and (self.rope_parameters or rope_keys):
@@ -383,9 +385,8 @@ class MiniLLMConfig(PreTrainedConfig):
             "ntk", set(rope_parameters), {"rope_type", "factor"}, {"rope_theta"}, ignore_keys=ignore_keys
         )
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor-parallel plan by module name; it follows `mlp_type`."""
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """How each projection is cut over ranks, by module name; it follows `mlp_type`."""
         columns = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
         columns += ["mlp.gate_proj"] if self.mlp_type == "glu" else []
         plan = {f"layers.*.{name}": "colwise" for name in columns}

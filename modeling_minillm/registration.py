@@ -67,6 +67,8 @@ def register() -> None:
     AutoConfig.register(MiniLLMConfig.model_type, MiniLLMConfig, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():
         auto_class.register(MiniLLMConfig, model_class, exist_ok=True)
+    # Trainer's label smoothing shifts labels, and pipelines know a model, by the names in this table.
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MiniLLMConfig.model_type, MiniLLMForCausalLM.__name__)
     AutoTokenizer.register(MiniLLMConfig, fast_tokenizer_class=MiniLLMTokenizer, exist_ok=True)
     if PEFT_TABLES in sys.modules:
         fill_peft_tables(sys.modules[PEFT_TABLES])
