@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.models.auto import modeling_auto
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.modeling_minillm import (
