@@ -199,8 +199,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
             require(
-                (input_ids >= 0) & (input_ids < self.embed_tokens.num_embeddings),
-                f"`input_ids` hold an id outside the vocabulary of {self.embed_tokens.num_embeddings} tokens",
+                (input_ids >= 0) & (input_ids < self.config.vocab_size),
+                f"`input_ids` hold an id outside the vocabulary of {self.config.vocab_size} tokens",
             )
             inputs_embeds = self.embed_tokens(input_ids)
         if prefix_mask is None and self.training and self.config.attention_type == "prefix":
