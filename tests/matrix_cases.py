@@ -89,7 +89,7 @@ LAYOUTS = {
     "plain": {"prefix_mask": rows("1111000000", "1111111110")},
     "left_padding": {
         "attention_mask": rows("0001111111", "0111111111"),
-        "prefix_mask": rows("0001110000", "0111111000"),
+        "prefix_mask": rows("0101110000", "1111111000"),
     },
     "right_padding": {
         "attention_mask": rows("1111111000", "1111111110"),
@@ -97,7 +97,7 @@ LAYOUTS = {
     },
     "hole": {
         "attention_mask": rows("1110011111", "1101011111"),
-        "prefix_mask": rows("1110000000", "1101010000"),
+        "prefix_mask": rows("1110100000", "1111010000"),
     },
     "packing": {
         "document_ids": rows("0000111222", "3333333555"),

@@ -52,6 +52,12 @@ ONE_AT_A_TIME = {
     "embedding_norm_learned": {"embedding_norm": True, "position_embedding_type": "learned"},
     "norm_head": {"norm_head": True},
     "tied": {"tie_word_embeddings": True},
+    "six_heads_alibi_bias_max": {
+        "position_embedding_type": "alibi",
+        "num_attention_heads": 6,
+        "hidden_size": 36,
+        "alibi_bias_max": 4.0,
+    },
     "six_heads_alibi": {"position_embedding_type": "alibi", "num_attention_heads": 6, "hidden_size": 36},
     "rope_linear": {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}},
     "rope_ntk": {"rope_parameters": {**ROPE, "rope_type": "ntk", "factor": 2.0}},
@@ -76,6 +82,7 @@ ONE_AT_A_TIME = {
         "rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
     },
     "rope_2d_linear": {"rope_2d": True, "rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}},
+    "rope_2d_ntk": {"rope_2d": True, "rope_parameters": {**ROPE, "rope_type": "ntk", "factor": 2.0}},
     "rope_2d_interleaved": {"rope_2d": True, "rope_interleaved": True},
     "one_layer": {"num_hidden_layers": 1},
 }
