@@ -1,6 +1,7 @@
 """MiniLLM: one composable decoder for transformers. Importing it registers everything with transformers and PEFT."""
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.hub import install
 from minillm.modeling_minillm import (
     MiniLLMForCausalLM,
     MiniLLMForQuestionAnswering,
@@ -14,6 +15,7 @@ from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 from minillm.version import __version__
 
 register()
+install()
 
 __all__ = [
     "MiniLLMConfig",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import running_hub
+
 from minillm import MiniLLMConfig
 from minillm.capabilities import DIRECTIONS, refusal
 

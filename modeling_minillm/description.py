@@ -1,0 +1,56 @@
+"""A model's variant in words, for model cards and `minillm info`."""
+
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+
+POSITIONS = {
+    "rope": "rotary position embedding (RoPE)",
+    "alibi": "ALiBi (a bias by distance)",
+    "sandwich": "Sandwich bias",
+    "learned": "learned positions",
+    "sinusoidal": "sinusoidal positions",
+    "glm_2d": "GLM's two learned position axes",
+    "none": "no position information",
+}
+MASKS = {
+    "causal": "causal: each token sees itself and what stands before it",
+    "prefix": "prefix: tokens of the prompt see one another in both directions, the rest is causal",
+    "bidirectional": "bidirectional: all tokens see one another",
+}
+PLACEMENTS = {
+    "pre": "before each sub-layer (pre-norm)",
+    "post": "after each sub-layer (post-norm)",
+    "deepnorm": "after each sub-layer, with DeepNorm's scaled residual",
+    "sandwich": "before and after each sub-layer (sandwich)",
+}
+
+
+def describe(config: MiniLLMConfig) -> dict[str, str]:
+    """What a config is, as pairs of a topic and a phrase."""
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    sharing = "multi-query" if shared == 1 < heads else "grouped-query" if shared < heads else "multi-head"
+    mask = MASKS[config.attention_type]
+    if config.sliding_window is not None:
+        mask += f", within a window of {config.sliding_window} tokens"
+    positions = POSITIONS[config.position_embedding_type]
+    if config.position_embedding_type == "rope":
+        rope = config.rope_parameters
+        layout = "interleaved" if config.rope_interleaved else "half"
+        details = [f"type {rope['rope_type']}", f"base {rope['rope_theta']:g}", f"{layout} layout"]
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            details.append(f"on {rope['partial_rotary_factor']:g} of each head")
+        if config.rope_2d:
+            details.append("on two axes")
+        positions += f": {', '.join(details)}"
+    norms = f"{config.norm_type}, {PLACEMENTS[config.norm_placement]}"
+    if config.parallel_residual:
+        norms = f"{config.norm_type}, attention and feed-forward in parallel"
+    gate = "gated (GLU)" if config.mlp_type == "glu" else "plain (MLP)"
+    return {
+        "attention": mask,
+        "positions": positions,
+        "heads": f"{heads} query heads on {shared} key/value heads of width {config.head_dim} ({sharing})",
+        "norms": norms,
+        "feed-forward": f"{gate}, {config.hidden_act}, inner width {config.intermediate_size}",
+        "size": f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.vocab_size} tokens",
+        "length": f"made for {config.max_position_embeddings} tokens",
+    }

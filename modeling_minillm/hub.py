@@ -1,0 +1,245 @@
+"""Makes every saved folder loadable by a stranger who has transformers but not MiniLLM.
+
+`install()` wraps the saving methods of config, tokenizer and model: beside what transformers writes, a folder gets the
+Python files that define its classes, flat and importing one another relatively (what `trust_remote_code` understands),
+an `auto_map` that names them all, a model card, and token ids that generation needs.
+"""
+
+import functools
+import importlib.util
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers.utils import logging
+
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.description import describe
+from minillm.modeling_minillm import MiniLLMPreTrainedModel
+from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
+
+logger = logging.get_logger(__name__)
+
+MODELING = "minillm.modeling_minillm"
+CONFIGURATION = "minillm.configuration.configuration_minillm"
+TOKENIZATION = "minillm.tokenization.tokenization_minillm"
+AUTO_MAP = {
+    "AutoConfig": "configuration_minillm.MiniLLMConfig",
+    "AutoModel": "modeling_minillm.MiniLLMModel",
+    "AutoModelForCausalLM": "modeling_minillm.MiniLLMForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_minillm.MiniLLMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_minillm.MiniLLMForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_minillm.MiniLLMForQuestionAnswering",
+}
+TASKS = {
+    "MiniLLMForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "MiniLLMForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "MiniLLMForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "MiniLLMForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "MiniLLMModel": ("feature-extraction", "AutoModel"),
+}
+DEFAULT_LICENSE = "apache-2.0"
+CARD_NAME = "README.md"
+# transformers writes a card of this kind when a tokenizer or config is pushed alone: ours says more.
+STOCK_CARD_PHRASE = "This model card has been automatically generated"
+
+IMPORT = re.compile(r"^from (minillm(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
+
+
+def exported_sources(modules: Iterable[str]) -> dict[str, str]:
+    """The flat files of these modules and of all that they import from MiniLLM.
+
+    Args:
+        modules: full names, e.g. `"minillm.modeling_minillm"`.
+
+    Returns:
+        File name to source, with `from minillm.room.module import X` rewritten to `from .module import X`.
+    """
+    sources: dict[str, str] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        file_name = f"{name.rpartition('.')[2]}.py"
+        if file_name in sources:
+            continue
+        text = Path(importlib.util.find_spec(name).origin).read_text("utf-8")
+        waiting += [f"{package}.{module}" for package, module in IMPORT.findall(text)]
+        sources[file_name] = IMPORT.sub(r"from .\2 import", text)
+    return sources
+
+
+def write_sources(folder: Any, modules: Iterable[str]) -> None:
+    for name, text in exported_sources(modules).items():
+        (Path(folder) / name).write_text(text, "utf-8")
+
+
+def model_card(model: MiniLLMPreTrainedModel) -> ModelCard:
+    """A card that says what the model is and how to load it, with and without MiniLLM."""
+    config = model.config
+    task, auto_class = TASKS.get(type(model).__name__, TASKS["MiniLLMModel"])
+    tags = ["minillm", config.attention_type, config.position_embedding_type, *(model.model_tags or [])]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        license=DEFAULT_LICENSE,
+        tags=list(dict.fromkeys(tags)),
+    )
+    variant = "\n".join(f"- **{topic}**: {phrase}" for topic, phrase in describe(config).items())
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# MiniLLM model
+
+A [transformers](https://github.com/huggingface/transformers) model with {model.num_parameters():,} parameters, made
+with MiniLLM {config.minillm_version}.
+
+{variant}
+
+## How to load it
+
+The code is in this repository, so transformers is enough:
+
+```python
+from transformers import AutoTokenizer, {auto_class}
+
+model = {auto_class}.from_pretrained("PATH_OR_REPOSITORY", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY", trust_remote_code=True)
+```
+
+With `pip install minillm-hf` and `import minillm` it loads without `trust_remote_code`.
+"""
+    )
+
+
+def complete_generation_config(model: MiniLLMPreTrainedModel) -> None:
+    """Fills in the end and padding ids; without a padding token the end token pads."""
+    generation = model.generation_config
+    if generation.eos_token_id is None:
+        generation.eos_token_id = model.config.eos_token_id
+    if generation.pad_token_id is None:
+        ends = generation.eos_token_id
+        first_end = ends[0] if isinstance(ends, list) else ends
+        generation.pad_token_id = first_end if model.config.pad_token_id is None else model.config.pad_token_id
+
+
+def save_then_push(save: Callable, obj: Any, folder: Any, kwargs: dict[str, Any]) -> Any:
+    """Saves, and only then uploads: the stock way uploads by time stamps and would miss files written around it."""
+    result = save(obj, folder, **kwargs["save"])
+    repo_id = kwargs["push"].pop("repo_id", None) or Path(folder).name
+    obj.push_to_hub(repo_id, **kwargs["push"])
+    return result
+
+
+def split_push(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
+    push = {name: kwargs.pop(name) for name in names if name in kwargs}
+    if kwargs.get("token") is not None:
+        push["token"] = kwargs["token"]
+    return {"push": push, "save": kwargs}
+
+
+def config_save(save: Callable) -> Callable:
+    @functools.wraps(save)
+    def save_pretrained(self: MiniLLMConfig, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        if push_to_hub:
+            return save_then_push(type(self).save_pretrained, self, save_directory, split_push(kwargs))
+        self.auto_map = dict(AUTO_MAP)
+        result = save(self, save_directory, **kwargs)
+        write_sources(save_directory, [MODELING, CONFIGURATION])
+        return result
+
+    return save_pretrained
+
+
+def tokenizer_save(save: Callable) -> Callable:
+    @functools.wraps(save)
+    def save_pretrained(
+        self: MiniLLMTokenizer, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> Any:
+        if push_to_hub:
+            return save_then_push(type(self).save_pretrained, self, save_directory, split_push(kwargs))
+        self._auto_map = {"AutoTokenizer": [None, "tokenization_minillm.MiniLLMTokenizer"]}
+        result = save(self, save_directory, *args, **kwargs)
+        write_sources(save_directory, [TOKENIZATION])
+        return result
+
+    return save_pretrained
+
+
+def model_save(save: Callable) -> Callable:
+    @functools.wraps(save)
+    def save_pretrained(
+        self: MiniLLMPreTrainedModel,
+        save_directory: Any,
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if push_to_hub:
+            return save_then_push(type(self).save_pretrained, self, save_directory, split_push(kwargs))
+        if self.can_generate():
+            complete_generation_config(self)
+        result = save(self, save_directory, is_main_process, *args, **kwargs)
+        card = Path(save_directory) / CARD_NAME
+        holds_only_an_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if is_main_process and not card.exists() and not holds_only_an_adapter:
+            model_card(self).save(card)
+        return result
+
+    return save_pretrained
+
+
+def push_to_hub(
+    self: MiniLLMPreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+) -> Any:
+    """Uploads model, config, code and, unless the repository has one already, the model card.
+
+    Arguments and result are those of `transformers.PreTrainedModel.push_to_hub`.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder, max_shard_size=max_shard_size)
+        path = Path(folder) / CARD_NAME
+        if api.file_exists(repo_id, CARD_NAME, revision=revision):
+            path.write_text(
+                Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_text("utf-8"), "utf-8"
+            )
+        if tags:
+            card = ModelCard.load(path)
+            card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+            card.save(path)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def install() -> None:
+    """Wraps the saving methods, once."""
+    if "save_pretrained" in vars(MiniLLMConfig):
+        return
+    MiniLLMConfig.save_pretrained = config_save(MiniLLMConfig.save_pretrained)
+    MiniLLMTokenizer.save_pretrained = tokenizer_save(MiniLLMTokenizer.save_pretrained)
+    MiniLLMPreTrainedModel.save_pretrained = model_save(MiniLLMPreTrainedModel.save_pretrained)
+    MiniLLMPreTrainedModel.push_to_hub = push_to_hub
