@@ -1,0 +1,69 @@
+"""What a stranger does with saved folders: run in a process of its own, in which `minillm` cannot be imported.
+
+    python stranger.py CASES.json     [{"folder": ..., "auto_class": ..., "expected": FILE or null}, ...]
+
+Loads each folder with `trust_remote_code=True`, compares with the expected tensors, saves it again, and loads that
+second-hand copy. Prints one JSON line of results.
+"""
+
+import json
+import sys
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+
+def outputs_of(model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All floating-point outputs of a forward, and greedy ids where the model generates."""
+    with torch.no_grad():
+        result = model(**inputs)
+    found = {name: value for name, value in result.items() if isinstance(value, torch.Tensor)}
+    if model.can_generate():
+        found["generated"] = model.generate(inputs["input_ids"], max_new_tokens=6, do_sample=False)
+    return found
+
+
+def check_model(case: dict) -> str:
+    auto_class = getattr(transformers, case["auto_class"])
+    expected = load_file(case["expected"])
+    inputs = {name.removeprefix("input:"): expected.pop(name) for name in list(expected) if name.startswith("input:")}
+    folder = case["folder"]
+    for _ in range(2):
+        model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
+        if "minillm" in {type(model).__module__.partition(".")[0]}:
+            return "loaded from the installed package"
+        got = outputs_of(model, inputs)
+        for name, value in expected.items():
+            if not torch.equal(got[name], value):
+                return f"{name} differs by {(got[name].float() - value.float()).abs().max()} from {folder}"
+        folder = f"{case['folder']}-again"
+        model.save_pretrained(folder)
+    return "equal"
+
+
+def check_tokenizer(case: dict) -> str:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(case["folder"], trust_remote_code=True)
+    tokenizer.save_pretrained(f"{case['folder']}-again")
+    again = transformers.AutoTokenizer.from_pretrained(f"{case['folder']}-again", trust_remote_code=True)
+    ids = [loaded(case["text"])["input_ids"] for loaded in (tokenizer, again)]
+    named = [(loaded.gmask_token_id, loaded.pad_token_id) for loaded in (tokenizer, again)]
+    return "equal" if ids == [case["ids"]] * 2 and named[0] == named[1] == tuple(case["named"]) else str((ids, named))
+
+
+def check_config(case: dict) -> str:
+    config = transformers.AutoConfig.from_pretrained(case["folder"], trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    return "equal" if model.num_parameters() == case["parameters"] else str(model.num_parameters())
+
+
+def main() -> None:
+    sys.modules["minillm"] = None
+    checks = {"AutoTokenizer": check_tokenizer, "AutoConfig": check_config}
+    with open(sys.argv[1], encoding="utf-8") as file:
+        cases = json.load(file)
+    print(json.dumps({case["name"]: checks.get(case["auto_class"], check_model)(case) for case in cases}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Saved folders load, compute and save again where MiniLLM is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import running_hub
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from stranger import outputs_of
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+import minillm
+from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer
+
+SIZE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
+VARIANTS = {
+    "causal-rope": {},
+    "prefix-rope": {"attention_type": "prefix", "num_key_value_heads": 2},
+    "causal-alibi": {"position_embedding_type": "alibi"},
+    "prefix-glm_2d": {
+        "attention_type": "prefix",
+        "position_embedding_type": "glm_2d",
+        "norm_type": "layernorm",
+        "mlp_type": "mlp",
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+    },
+    "deepnorm-sandwich-bias": {"norm_placement": "deepnorm", "position_embedding_type": "sandwich"},
+    "norm-head": {"norm_head": True, "embedding_norm": True, "qk_norm": True},
+}
+HEADS = {
+    "AutoModel": minillm.MiniLLMModel,
+    "AutoModelForSequenceClassification": minillm.MiniLLMForSequenceClassification,
+    "AutoModelForTokenClassification": minillm.MiniLLMForTokenClassification,
+    "AutoModelForQuestionAnswering": minillm.MiniLLMForQuestionAnswering,
+}
+TEXT = "def 你好(world):  return 'hello'\n"
+
+
+def tiny(cls=MiniLLMForCausalLM, **fields):
+    torch.manual_seed(0)
+    model = cls(MiniLLMConfig(**{**SIZE, **fields})).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def tokenizer():
+    return MiniLLMTokenizer.train_from_iterator([TEXT * 20], vocab_size=300, show_progress=False)
+
+
+def expectation(model, folder: Path) -> str:
+    """Writes inputs and outputs of a model beside its folder."""
+    ids = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids}
+    if model.config.attention_type == "prefix":
+        inputs["prefix_mask"] = torch.tensor([[1] * 5 + [0] * 4] * 2)
+    found = {name: value.contiguous() for name, value in outputs_of(model, inputs).items()}
+    file = f"{folder}.expected.safetensors"
+    save_file({**found, **{f"input:{name}": value for name, value in inputs.items()}}, file)
+    return file
+
+
+def model_case(name: str, model, folder: Path, auto_class: str = "AutoModelForCausalLM") -> dict:
+    return {"name": name, "folder": str(folder), "auto_class": auto_class, "expected": expectation(model, folder)}
+
+
+def visit(cases: list[dict], folder: Path, environment: dict[str, str] | None = None) -> dict[str, str]:
+    listing = folder / "cases.json"
+    listing.write_text(json.dumps(cases), "utf-8")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "stranger.py"), str(listing)],
+        cwd=folder,
+        env={**os.environ, "HF_HOME": str(folder / "stranger-home"), **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_stranger_loads_every_class_and_variant(tmp_path):
+    cases = []
+    for name, fields in VARIANTS.items():
+        model = tiny(**fields)
+        model.save_pretrained(tmp_path / name)
+        cases.append(model_case(name, model, tmp_path / name))
+    for auto_class, cls in HEADS.items():
+        model = tiny(cls)
+        model.save_pretrained(tmp_path / auto_class)
+        cases.append(model_case(auto_class, model, tmp_path / auto_class, auto_class))
+    # A base model inside a causal language model's folder, as some servers ask for it.
+    tiny().save_pretrained(tmp_path / "base-of-causal")
+    cases.append(model_case("base-of-causal", tiny().model, tmp_path / "base-of-causal", "AutoModel"))
+    config = MiniLLMConfig(**SIZE)
+    config.save_pretrained(tmp_path / "config")
+    parameters = MiniLLMForCausalLM(config).num_parameters()
+    folder = str(tmp_path / "config")
+    cases.append({"name": "config", "folder": folder, "auto_class": "AutoConfig", "parameters": parameters})
+    saved = tokenizer()
+    saved.save_pretrained(tmp_path / "tokenizer")
+    cases.append(
+        {
+            "name": "tokenizer",
+            "folder": str(tmp_path / "tokenizer"),
+            "auto_class": "AutoTokenizer",
+            "text": TEXT,
+            "ids": saved(TEXT)["input_ids"],
+            "named": [saved.gmask_token_id, saved.pad_token_id],
+        }
+    )
+    assert visit(cases, tmp_path) == {case["name"]: "equal" for case in cases}
+
+
+def test_a_stranger_loads_what_trainer_and_lora_leave(tmp_path):
+    ids = [list(range(5, 25))] * 8
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(str(tmp_path / "checkpoints"), max_steps=2, report_to="none", use_cpu=True)
+    trainer = Trainer(tiny(), arguments, train_dataset=data, processing_class=tokenizer())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    adapted = get_peft_model(tiny(), LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    cases = [
+        model_case("trained", trainer.model.eval(), tmp_path / "trained"),
+        model_case("merged", merged.eval(), tmp_path / "merged"),
+    ]
+    assert visit(cases, tmp_path) == {"trained": "equal", "merged": "equal"}
+    assert (tmp_path / "trained" / "tokenizer.json").exists()
+
+
+def test_with_minillm_the_same_folder_loads_without_remote_code(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    for auto_class, cls in ((AutoModelForCausalLM, MiniLLMForCausalLM), (AutoModel, minillm.MiniLLMModel)):
+        assert type(auto_class.from_pretrained(tmp_path)) is cls
+    assert type(AutoConfig.from_pretrained(tmp_path)) is MiniLLMConfig
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is MiniLLMTokenizer
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)) is MiniLLMForCausalLM
+
+
+PUSH = """
+import sys, torch
+import minillm
+from minillm import MiniLLMForCausalLM, MiniLLMTokenizer, MiniLLMConfig
+from transformers import AutoModelForCausalLM
+model = MiniLLMForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = MiniLLMTokenizer.from_pretrained(sys.argv[1])
+model.push_to_hub("user/model", tags=["extra"])
+tokenizer.push_to_hub("user/model")
+model.config.save_pretrained("config-folder", push_to_hub=True, repo_id="user/config")
+tokenizer.save_pretrained("tokenizer-folder", push_to_hub=True, repo_id="user/tokenizer")
+model.save_pretrained("model-folder", push_to_hub=True, repo_id="user/saved")
+again = AutoModelForCausalLM.from_pretrained("user/model")
+same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+print(type(again).__name__, same)
+"""
+
+
+def test_hub_over_http(tmp_path):
+    model = tiny(attention_type="prefix")
+    model.save_pretrained(tmp_path / "local")
+    tokenizer().save_pretrained(tmp_path / "local")
+    with running_hub(tmp_path / "hub") as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH, str(tmp_path / "local")],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.split() == ["MiniLLMForCausalLM", "True"]
+        expected = expectation(model, tmp_path / "hub-case")
+        case = {"name": "hub", "folder": "user/model", "auto_class": "AutoModelForCausalLM", "expected": expected}
+        assert visit([case], tmp_path, {**environment, "HF_HOME": str(tmp_path / "fresh")}) == {"hub": "equal"}
+    for repository in ("model", "config", "tokenizer", "saved"):
+        names = {path.name for path in (tmp_path / "hub" / "user" / repository).iterdir()}
+        assert any(name.endswith("_minillm.py") for name in names), (repository, names)
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+    card = (tmp_path / "hub" / "user" / "model" / "README.md").read_text("utf-8")
+    assert "extra" in card and "trust_remote_code=True" in card and "automatically generated" not in card
+
+
+@pytest.mark.parametrize("name", ["causal-rope", "prefix-glm_2d"])
+def test_a_published_folder_holds_no_pickle_and_all_it_needs(tmp_path, name):
+    tiny(**VARIANTS[name]).save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names
+    assert {"configuration_minillm.py", "modeling_minillm.py", "masks.py"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
