@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers.utils import logging
 
 from minillm.training.collators import DataCollatorForCausalLM, pack_dataset
 from minillm.training.packing import best_fit_decreasing
@@ -77,8 +78,6 @@ def test_overlong_documents_are_split_into_documents():
 
 def test_overlong_documents_are_truncated_with_a_count(caplog):
     collator = causal(max_length=3, overlong="truncate")
-    from transformers.utils import logging
-
     logging.enable_propagation()
     try:
         batch = collator([[1, 2, 3, 4, 5], [6, 7, 8, 9]])

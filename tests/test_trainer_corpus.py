@@ -5,6 +5,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from minillm.training.corpus import (
     CorpusError,
@@ -49,8 +50,6 @@ def test_binary_and_empty_files_of_a_folder_are_skipped_with_a_warning(tmp_path,
     (tmp_path / "b.bin").write_bytes(b"\x00\x01")
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe\xfd")
     (tmp_path / "d.txt").write_text(" \n")
-    from transformers.utils import logging
-
     logging.enable_propagation()
     try:
         assert [document.name for document in load_corpus(str(tmp_path))] == ["a.txt"]

@@ -1,0 +1,225 @@
+"""TRL's trainers on MiniLLM: supervised fine-tuning in all its forms and DPO, beside LlamaForCausalLM."""
+
+import math
+
+import peft
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from training_cases import VARIANTS, largest_difference, parameters, tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from minillm import MiniLLMTokenizer
+
+WORDS = ("sum", "square", "half")
+TEXTS = [
+    f"line {number}: "
+    + " ".join(f"the {word} of {number % 7}" for word in ("sum", "square", "half")[: 1 + number % 3])
+    for number in range(48)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return MiniLLMTokenizer.train_from_iterator(TEXTS, vocab_size=320, show_progress=False)
+
+
+def chat(number):
+    return [
+        {"role": "user", "content": f"what is {number} ?"},
+        {"role": "assistant", "content": TEXTS[number]},
+        {"role": "user", "content": "and then ?"},
+        {"role": "assistant", "content": TEXTS[number][:9]},
+    ]
+
+
+NUMBERS = range(len(TEXTS))
+DATASETS = {
+    "text": [{"text": text} for text in TEXTS],
+    "completion": [{"prompt": f"number {number}:", "completion": " " + TEXTS[number]} for number in NUMBERS],
+    "chat": [{"messages": chat(number)} for number in NUMBERS],
+    "chat_completion": [{"prompt": chat(number)[:1], "completion": chat(number)[1:2]} for number in NUMBERS],
+}
+MODES = {
+    "plain": ("text", {}),
+    "packed": ("text", {"packing": True}),
+    "packed_wrapped": ("text", {"packing": True, "packing_strategy": "wrapped"}),
+    "padding_free": ("text", {"padding_free": True, "max_length": None}),
+    "completion": ("completion", {}),
+    "completion_all": ("completion", {"completion_only_loss": False}),
+    "completion_packed": ("completion", {"packing": True}),
+    "chat": ("chat", {}),
+    "assistant": ("chat", {"assistant_only_loss": True}),
+    "assistant_packed": ("chat", {"assistant_only_loss": True, "packing": True}),
+    "chat_completion": ("chat_completion", {}),
+}
+
+
+def model_for(variant, tokenizer):
+    return tiny_model(
+        variant,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def llama_twin(model):
+    ours = model.config
+    names = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
+    names += " max_position_embeddings pad_token_id bos_token_id eos_token_id"
+    config = LlamaConfig(rms_norm_eps=ours.norm_eps, **{name: getattr(ours, name) for name in names.split()})
+    twin = LlamaForCausalLM(config)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def sft(model, tokenizer, folder, mode, peft_config=None, **arguments):
+    kind, options = MODES[mode]
+    settings = {"max_length": 64, "max_steps": 4, **common(folder), **options, **arguments}
+    return trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**settings),
+        train_dataset=Dataset.from_list(DATASETS[kind]),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def common(folder):
+    return {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+    }
+
+
+def train(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_supervised_fine_tuning_equals_llama(mode, tokenizer, tmp_path):
+    model = model_for("causal", tokenizer)
+    twin = llama_twin(model)
+    expected = train(sft(twin, tokenizer, tmp_path, mode))
+    found = train(sft(model, tokenizer, tmp_path, mode))
+    assert len(found) == 4
+    assert found == pytest.approx(expected, abs=2e-5)
+    assert largest_difference(parameters(model), parameters(twin)) < 2e-5
+    assert largest_difference(parameters(model), parameters(model_for("causal", tokenizer))) > 1e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", ["packed", "completion_packed", "assistant_packed", "padding_free"])
+def test_packed_batches_equal_documents_alone(mode, variant, tokenizer, tmp_path):
+    """TRL packs by `position_ids` alone: documents must not see one another, nor count one another's positions."""
+    model = model_for(variant, tokenizer).eval()
+    trainer = sft(model, tokenizer, tmp_path, mode)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert "attention_mask" not in batch and len(batch["input_ids"]) == 1
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) > 3
+    total, count, alone = 0.0, 0, []
+    with torch.no_grad():
+        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            logits = model(ids[None, start:stop]).logits[0]
+            alone.append(logits)
+            for at in range(start + 1, stop):
+                if labels[at] != -100:
+                    total -= logits[at - start - 1].log_softmax(-1)[labels[at]].item()
+                    count += 1
+        loss = trainer.compute_loss(model, dict(batch)).item()
+    assert (torch.cat(alone) - packed).abs().max() < 2e-5
+    assert 0 < count < len(ids)
+    assert loss == pytest.approx(total / count, abs=2e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_assistant_is_scored(variant, tokenizer, tmp_path):
+    trainer = sft(model_for(variant, tokenizer), tokenizer, tmp_path, "assistant")
+    batch = next(iter(trainer.get_train_dataloader()))
+    texts = {text for number in NUMBERS for text in (TEXTS[number], TEXTS[number][:9])}
+    for labels in batch["labels"]:
+        spans = [tokenizer.decode(span) for span in scored_spans(labels.tolist())]
+        assert len(spans) == 2
+        assert all(span.removesuffix(tokenizer.eos_token) in texts for span in spans)
+
+
+def scored_spans(labels):
+    spans, span = [], []
+    for label in [*labels, -100]:
+        if label != -100:
+            span.append(label)
+        elif span:
+            spans.append(span)
+            span = []
+    return spans
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", ["packed", "completion", "assistant_packed"])
+def test_lora_fine_tuning_learns(mode, variant, tokenizer, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+    model = model_for(variant, tokenizer)
+    trainer = sft(
+        model, tokenizer, tmp_path, mode, peft_config=config, optim="adamw_torch", learning_rate=0.01, max_steps=12
+    )
+    losses = train(trainer)
+    assert sum(losses[-3:]) / 3 < 0.9 * losses[0]
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+PREFERENCES = [
+    {"prompt": f"number {number}:", "chosen": " " + TEXTS[number], "rejected": " " + TEXTS[-number - 1][::-1]}
+    for number in range(16)
+]
+
+
+def dpo(model, tokenizer, folder, peft_config=None, **arguments):
+    # Without an adapter the reference model is loaded from the folder that the model came from.
+    model.save_pretrained(folder / "base")
+    return trl.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "base"),
+        args=trl.DPOConfig(**{"max_length": 64, "max_steps": 4, **common(folder), **arguments}),
+        train_dataset=Dataset.from_list(PREFERENCES),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}], ids=["padded", "padding_free"])
+def test_preference_optimisation_equals_llama(options, tokenizer, tmp_path):
+    model = model_for("causal", tokenizer)
+    expected = train(dpo(llama_twin(model), tokenizer, tmp_path / "twin", **options))
+    found = train(dpo(model, tokenizer, tmp_path / "ours", **options))
+    assert found[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert found == pytest.approx(expected, abs=2e-5)
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_preference_optimisation_learns(variant, adapter, tokenizer, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8) if adapter else None
+    model = model_for(variant, tokenizer)
+    options = {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 8}
+    losses = train(dpo(model, tokenizer, tmp_path, config, **options))
+    # Policy and reference are the same at first: minus the log of a coin toss.
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert sum(losses[-3:]) / 3 < 0.6
