@@ -125,23 +125,14 @@ def test_packing_keeps_every_document_whole_and_once(seed):
     assert sorted(found) == sorted(document["input_ids"] for document in documents)
 
 
-@pytest.mark.parametrize(
-    "lengths",
-    [
-        [max(1, min(256, int(random.Random(0).lognormvariate(4, 1)))) for _ in range(1)],
-        *[
-            [max(1, min(256, int(value))) for value in np.random.default_rng(seed).lognormal(mean, 1.0, 2000)]
-            for seed, mean in enumerate((3.0, 4.0, 5.0))
-        ],
-    ],
-    ids=["one", "short", "medium", "long"],
-)
-def test_padding_of_packed_rows_stays_under_five_percent(lengths):
+@pytest.mark.parametrize("mean", [3.0, 4.0, 5.0], ids=["short", "medium", "long"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_padding_of_packed_rows_stays_under_five_percent(mean, seed):
+    lengths = [min(256, len(document["input_ids"])) for document in random_documents(seed, 1000, mean)]
     rows = best_fit_decreasing(lengths, 256)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in row) <= 256 for row in rows)
-    fewest = -(-sum(lengths) // 256)
-    assert len(rows) == fewest == 1 or 1 - sum(lengths) / (256 * len(rows)) < 0.05
+    assert 1 - sum(lengths) / (256 * len(rows)) < 0.05
 
 
 def test_padding_of_batches_stays_under_five_percent():

@@ -8,12 +8,13 @@ from training_cases import (
     collator_for,
     counting_documents,
     largest_difference,
+    llama_twin,
     losses,
     make_trainer,
     parameters,
     tiny_model,
 )
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM
+from transformers import DataCollatorWithFlattening
 
 from minillm.training.collators import pack_dataset
 
@@ -28,27 +29,6 @@ OPTIONS = {
     "bf16": {"bf16": True},
     "token_count": {"include_num_input_tokens_seen": "all"},
 }
-
-
-def llama_twin(model):
-    """LlamaForCausalLM with the same weights under the same names."""
-    ours = model.config
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=ours.hidden_size,
-        num_hidden_layers=ours.num_hidden_layers,
-        num_attention_heads=ours.num_attention_heads,
-        num_key_value_heads=ours.num_key_value_heads,
-        intermediate_size=ours.intermediate_size,
-        max_position_embeddings=ours.max_position_embeddings,
-        rms_norm_eps=ours.norm_eps,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    twin = LlamaForCausalLM(config)
-    twin.load_state_dict(model.state_dict(), strict=True)
-    return twin
 
 
 def run(model, folder, collator, dataset, **options):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from training_cases import VARIANTS, largest_difference, parameters, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from training_cases import VARIANTS, largest_difference, llama_twin, parameters, tiny_model
+from transformers import AutoModelForCausalLM
 
 from minillm import MiniLLMTokenizer
 
@@ -65,16 +65,6 @@ def model_for(variant, tokenizer):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-
-
-def llama_twin(model):
-    ours = model.config
-    names = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
-    names += " max_position_embeddings pad_token_id bos_token_id eos_token_id"
-    config = LlamaConfig(rms_norm_eps=ours.norm_eps, **{name: getattr(ours, name) for name in names.split()})
-    twin = LlamaForCausalLM(config)
-    twin.load_state_dict(model.state_dict())
-    return twin
 
 
 def sft(model, tokenizer, folder, mode, peft_config=None, **arguments):

@@ -3,7 +3,7 @@
 import random
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.training.callbacks import SetEpochCallback
@@ -38,6 +38,16 @@ def tiny_model(variant="causal", seed=0, **fields):
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.copy_(1 + noise if parameter.ndim == 1 else noise)
     return model
+
+
+def llama_twin(model):
+    """LlamaForCausalLM with the weights of a causal MiniLLM under the same names."""
+    names = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
+    names += " max_position_embeddings pad_token_id bos_token_id eos_token_id"
+    fields = {name: getattr(model.config, name) for name in names.split()}
+    twin = LlamaForCausalLM(LlamaConfig(rms_norm_eps=model.config.norm_eps, **fields))
+    twin.load_state_dict(model.state_dict(), strict=True)
+    return twin
 
 
 def counting_documents(count, seed=0, shortest=4, longest=24):
