@@ -1,0 +1,71 @@
+"""Named tiny variants, for the tests of what every model must do whatever it is made of."""
+
+import torch
+from matrix_cases import LENGTH, SIZES, VOCAB
+
+from minillm import MiniLLMConfig, MiniLLMForCausalLM
+
+VARIANTS = {
+    "causal_rope": {},
+    "prefix_rope": {"attention_type": "prefix"},
+    "causal_alibi": {"position_embedding_type": "alibi"},
+    "prefix_alibi": {"attention_type": "prefix", "position_embedding_type": "alibi"},
+    "gpt2": {
+        "position_embedding_type": "learned",
+        "norm_type": "layernorm",
+        "mlp_type": "mlp",
+        "hidden_act": "gelu_new",
+        "attention_qkv_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "scale_residual_init": True,
+    },
+    "deepnorm_geglu": {"norm_placement": "deepnorm", "norm_type": "layernorm", "hidden_act": "gelu"},
+    "sandwich_sinusoidal": {"norm_placement": "sandwich", "position_embedding_type": "sinusoidal"},
+    "sandwich_bias": {"position_embedding_type": "sandwich", "sandwich_dim": 6, "norm_placement": "post"},
+    "prefix_glm_2d": {"attention_type": "prefix", "position_embedding_type": "glm_2d", "embedding_norm": True},
+    "window_gqa": {"sliding_window": 3, "num_key_value_heads": 2},
+    "rope_2d": {"rope_2d": True, "attention_type": "prefix"},
+    "parallel_norm_head": {"parallel_residual": True, "num_parallel_norms": 2, "norm_head": True, "qk_norm": True},
+    "bidirectional": {"attention_type": "bidirectional", "position_embedding_type": "none"},
+}
+GENERATIVE = [name for name in VARIANTS if name != "bidirectional"]
+
+
+def config_of(variant, **fields):
+    return MiniLLMConfig(**{**SIZES, "pad_token_id": 0, **VARIANTS[variant], **fields})
+
+
+def make_loud(model, seed=0, scale=0.2):
+    """Weights so large that every mask, bias and position shows in the outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = scale * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter + noise if parameter.ndim == 1 else noise)
+    return model.eval()
+
+
+def model_of(variant, model_class=MiniLLMForCausalLM, **fields):
+    torch.manual_seed(0)
+    return make_loud(model_class(config_of(variant, **fields)))
+
+
+def tokens(batch=2, length=LENGTH, seed=3):
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_of(config, prefix_length=4, **shape):
+    """Token ids and every per-token input that the variant reads; no labels."""
+    input_ids = tokens(**shape)
+    inputs = {"input_ids": input_ids}
+    if config.attention_type == "prefix":
+        inputs["prefix_mask"] = (torch.arange(input_ids.shape[1]) < prefix_length).long().expand_as(input_ids)
+    if config.rope_2d or config.position_embedding_type == "glm_2d":
+        inputs["block_position_ids"] = torch.arange(input_ids.shape[1]).sub(prefix_length).clamp(min=0)
+        inputs["block_position_ids"] = inputs["block_position_ids"].expand_as(input_ids)
+    return inputs
+
+
+def assert_equal(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
