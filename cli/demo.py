@@ -1,0 +1,309 @@
+"""`minillm demo`: a tokenizer, three small models and a LoRA fine-tune on text that every machine with Python has.
+
+The work is cut into stages. Each leaves a published folder and an entry in `state.json`; a later run with the same
+settings skips what is done, and goes on from the Trainer's last checkpoint inside a stage.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __version__
+from minillm.cli.console import console, replaced_folder, write_atomically
+from minillm.cli.progress import ProgressCallback, Schedule, fastest_thread_count
+from minillm.cli.report import write_report
+from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
+from minillm.training import (
+    DataCollatorForCausalLM,
+    DataCollatorForPrefixLM,
+    SetEpochCallback,
+    docstring_prose,
+    load_corpus,
+    pack_dataset,
+    split_corpus,
+    tokenize_documents,
+)
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "prefix": {"attention_type": "prefix"},
+    "alibi": {"position_embedding_type": "alibi"},
+}
+ARCHITECTURE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 256}
+BATCH_SIZE = 4
+LENGTH = 256
+TOKENIZER_CHARACTERS = 4_000_000
+HELD_OUT_ROWS = 160
+LORA_SHARE = 0.25
+PROMPTS = ("def ", "class ", "import ")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is; a folder that was begun with other settings is refused."""
+
+    corpus: str | None
+    steps: int
+    vocab_size: int
+    seed: int
+    version: str = __version__
+
+
+class Demo:
+    """One run of the demo into a folder.
+
+    Args:
+        out: where models, report and state go.
+        settings: corpus (None: Python's standard library), steps per variant, vocabulary and seed.
+
+    Raises:
+        ValueError: the folder was begun with other settings, or the corpus cannot be used.
+    """
+
+    def __init__(self, out: Path, settings: Settings) -> None:
+        self.out = out
+        self.settings = settings
+        self.state_file = out / "state.json"
+        self.state = self._read_state()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.schedule = Schedule(settings.steps * len(VARIANTS) + self.lora_steps)
+
+    @property
+    def lora_steps(self) -> int:
+        return max(1, round(self.settings.steps * LORA_SHARE))
+
+    def _read_state(self) -> dict[str, Any]:
+        fresh = {"settings": asdict(self.settings), "stages": {}}
+        if not self.state_file.exists():
+            if self.out.exists() and any(self.out.iterdir()):
+                raise ValueError(f"{self.out} is not empty and holds no earlier demo: choose another --out")
+            return fresh
+        state = json.loads(self.state_file.read_text("utf-8"))
+        if state["settings"] != fresh["settings"]:
+            differing = {key: value for key, value in state["settings"].items() if fresh["settings"].get(key) != value}
+            raise ValueError(
+                f"{self.out} was begun with other settings ({differing}): repeat them, or choose another --out"
+            )
+        return state
+
+    def finish(self, stage: str, result: dict[str, Any]) -> None:
+        self.state["stages"][stage] = result
+        write_atomically(self.state_file, json.dumps(self.state, indent=2))
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        result = self.state["stages"].get(stage)
+        if result is not None:
+            console.print(f"[green]skipped[/] {stage}: finished in an earlier run")
+        return result
+
+    def run(self) -> dict[str, Any]:
+        """Runs all stages and returns the report's figures."""
+        started = time.monotonic()
+        # Read and split before anything is written, so that a bad corpus leaves no trace.
+        self.train_texts, self.held_out_texts = split_corpus(load_corpus(self.settings.corpus))
+        self.out.mkdir(parents=True, exist_ok=True)
+        characters = sum(len(document.text) for document in self.train_texts)
+        console.print(
+            f"corpus: {len(self.train_texts)} documents to train on ({characters:,} characters), "
+            f"{len(self.held_out_texts)} held out"
+        )
+        self.tokenizer = self.make_tokenizer()
+        self.train_samples = self.sample(self.train_texts, self.settings.steps * BATCH_SIZE)
+        self.held_out_samples = self.sample(self.held_out_texts, HELD_OUT_ROWS)
+        baselines = self.score_baselines()
+        self.choose_threads()
+        variants = {name: self.train_variant(name, fields) for name, fields in VARIANTS.items()}
+        lora = self.tune()
+        texts = self.visit_as_stranger()
+        report = {"baselines": baselines, "variants": variants, "lora": lora}
+        return write_report(self.out, report, texts, asdict(self.settings), time.monotonic() - started)
+
+    def make_tokenizer(self) -> MiniLLMTokenizer:
+        folder = self.out / "tokenizer"
+        if self.done("tokenizer") is not None:
+            return MiniLLMTokenizer.from_pretrained(folder)
+        texts, taken = [], 0
+        for document in self.train_texts:
+            texts.append(document.text)
+            taken += len(document.text)
+            if taken >= TOKENIZER_CHARACTERS:
+                break
+        console.print(f"training a byte-level BPE tokenizer of {self.settings.vocab_size} tokens ...")
+        tokenizer = MiniLLMTokenizer.train_from_iterator(texts, vocab_size=self.settings.vocab_size)
+        with replaced_folder(folder) as partial:
+            tokenizer.save_pretrained(partial)
+        self.finish("tokenizer", {"tokens": len(tokenizer)})
+        return tokenizer
+
+    def sample(self, documents: list, rows: int) -> list[dict[str, list[int]]]:
+        """Tokenized documents, in an order that depends on the seed, enough to fill `rows` rows."""
+        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(self.settings.seed)).tolist()
+        samples, tokens = [], 0
+        for index in order:
+            samples += tokenize_documents([documents[index]], self.tokenizer)
+            tokens += len(samples[-1]["input_ids"])
+            if tokens >= rows * LENGTH:
+                break
+        return samples
+
+    def collator(self, name: str) -> DataCollatorForCausalLM:
+        kind = DataCollatorForPrefixLM if name == "prefix" else DataCollatorForCausalLM
+        return kind(self.tokenizer, max_length=LENGTH, padding="max_length", seed=self.settings.seed)
+
+    def held_out_rows(self, collator: DataCollatorForCausalLM, samples: list | None = None) -> list:
+        return pack_dataset(samples or self.held_out_samples, collator)[:HELD_OUT_ROWS]
+
+    def score_baselines(self) -> dict[str, Any]:
+        """Unigram and bigram perplexity on the tokens that the causal models score, and on the prefix model's."""
+        if (result := self.done("baselines")) is not None:
+            return result
+        documents = [sample["input_ids"] for sample in self.train_samples]
+        result: dict[str, Any] = {}
+        for name in ("causal", "prefix"):
+            collator = self.collator(name)
+            rows = self.held_out_rows(collator)
+            scores = {}
+            for kind, model in (("unigram", UnigramModel), ("bigram", BigramModel)):
+                score = ngram_perplexity(model(documents, len(self.tokenizer)), rows, collator)
+                scores |= {kind: score.perplexity, "tokens": score.num_tokens}
+            result |= scores if name == "causal" else {"prefix": scores}
+        self.finish("baselines", result)
+        return result
+
+    def choose_threads(self) -> None:
+        """Two threads on a busy machine are far slower than one: measures, rather than believes."""
+        if self.device == "cuda" or all(name in self.state["stages"] for name in (*VARIANTS, "lora")):
+            return
+        model, collator = self.new_model({}), self.collator("causal")
+        batch = collator(self.held_out_rows(collator)[:BATCH_SIZE])
+        threads, seconds = fastest_thread_count(lambda: model(**batch).loss.backward())
+        torch.set_num_threads(threads)
+        console.print(f"{threads} thread{'s' if threads > 1 else ''}: {seconds:.2f} s for a forward and backward pass")
+
+    def new_model(self, fields: dict[str, Any]) -> MiniLLMForCausalLM:
+        set_seed(self.settings.seed)
+        config = MiniLLMConfig(
+            **ARCHITECTURE,
+            **fields,
+            vocab_size=len(self.tokenizer),
+            tie_word_embeddings=True,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return MiniLLMForCausalLM(config)
+
+    def train_variant(self, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+        if (result := self.done(name)) is not None:
+            self.schedule.skip(self.settings.steps)
+            return result
+        collator = self.collator(name)
+        rows = pack_dataset(self.train_samples, collator)
+        model = self.new_model(fields)
+        curve = self.train(name, model, rows, collator, self.settings.steps, learning_rate=4e-3)
+        score = perplexity(model, self.held_out_rows(collator), collator)
+        self.publish(name, model)
+        result = {"perplexity": score.perplexity, "tokens": score.num_tokens, "curve": curve}
+        self.finish(name, result)
+        console.print(f"[bold]{name}[/]: held-out perplexity {score.perplexity:.2f} on {score.num_tokens:,} tokens")
+        return result
+
+    def train(
+        self, name: str, model: Any, rows: list, collator: DataCollatorForCausalLM, steps: int, learning_rate: float
+    ) -> list[tuple[int, float]]:
+        """Trains with the stock Trainer, from its last checkpoint if there is one; returns (step, loss) pairs."""
+        folder = self.out / "checkpoints" / name
+        arguments = TrainingArguments(
+            str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, steps // 20),
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            logging_steps=max(1, steps // 40),
+            save_steps=max(1, steps // 4),
+            save_total_limit=1,
+            seed=self.settings.seed,
+            use_cpu=self.device == "cpu",
+            disable_tqdm=True,
+            report_to="none",
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            data_collator=collator,
+            callbacks=[SetEpochCallback(collator), ProgressCallback(name, self.schedule)],
+        )
+        # Its own printer writes a dictionary a step into the progress bar.
+        trainer.pop_callback(next(cb for cb in trainer.callback_handler.callbacks if "Printer" in type(cb).__name__))
+        checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
+        if checkpoint:
+            console.print(f"{name}: going on from {Path(checkpoint).name}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+    def publish(self, name: str, model: MiniLLMForCausalLM) -> None:
+        with replaced_folder(self.out / name) as partial:
+            model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+
+    def tune(self) -> dict[str, Any]:
+        """LoRA on docstring prose: the causal model before and after, on held-out prose."""
+        if (result := self.done("lora")) is not None:
+            return result
+        steps = self.lora_steps
+        collator = self.collator("causal")
+        rows = pack_dataset(self.sample(docstring_prose(self.train_texts), steps * BATCH_SIZE), collator)
+        held_out = self.sample(docstring_prose(self.held_out_texts), HELD_OUT_ROWS)
+        held_out = self.held_out_rows(collator, held_out)
+        base = MiniLLMForCausalLM.from_pretrained(self.out / "causal").to(self.device)
+        before = perplexity(base, held_out, collator)
+        set_seed(self.settings.seed)
+        adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
+        trained, total = adapted.get_nb_trainable_parameters()
+        console.print(f"LoRA trains {trained:,} of {total:,} parameters")
+        curve = self.train("lora", adapted, rows, collator, steps, learning_rate=4e-3)
+        with replaced_folder(self.out / "adapter") as partial:
+            adapted.save_pretrained(partial)
+        merged = adapted.merge_and_unload()
+        after = perplexity(merged, held_out, collator)
+        self.publish("lora", merged)
+        result = {
+            "perplexity_before": before.perplexity,
+            "perplexity_after": after.perplexity,
+            "tokens": after.num_tokens,
+            "curve": curve,
+        }
+        self.finish("lora", result)
+        console.print(f"[bold]lora[/]: perplexity on prose {before.perplexity:.2f} -> {after.perplexity:.2f}")
+        return result
+
+    def visit_as_stranger(self) -> dict[str, str]:
+        """Text from every published model, generated by a process that cannot import MiniLLM."""
+        folders = [str((self.out / name).resolve()) for name in (*VARIANTS, "lora")]
+        with tempfile.TemporaryDirectory() as modules:
+            done = subprocess.run(
+                [sys.executable, str(Path(__file__).with_name("stranger_process.py")), json.dumps(PROMPTS), *folders],
+                env={**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        if done.returncode != 0:
+            raise ValueError(f"the published models do not load without MiniLLM:\n{done.stderr[-2000:]}")
+        console.print("loaded and generated in a process without MiniLLM: " + ", ".join((*VARIANTS, "lora")))
+        return dict(zip((*VARIANTS, "lora"), json.loads(done.stdout.splitlines()[-1]), strict=True))

@@ -1,0 +1,79 @@
+"""`minillm presets` and `minillm info`: what models are, without loading weights."""
+
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from transformers import AutoConfig
+
+from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.capabilities import DIRECTIONS, KINDS, refusal
+from minillm.cli.console import console
+from minillm.configuration.presets import PRESETS
+from minillm.description import describe
+
+
+def count_parameters(config: MiniLLMConfig) -> int:
+    """Parameters of the causal language model, counted on the meta device (tied ones once)."""
+    with torch.device("meta"):
+        return MiniLLMForCausalLM(config).num_parameters()
+
+
+def preset_table() -> Table:
+    """All presets with parameter counts and sources."""
+    table = Table("preset", "parameters", "what it is", "source")
+    for name, preset in PRESETS.items():
+        config = MiniLLMConfig.from_preset(name)
+        table.add_row(name, f"{count_parameters(config):,}", preset.description, preset.source)
+    return table
+
+
+def find_config(name: str) -> MiniLLMConfig:
+    """The config of a preset, a config file, a folder or a repository.
+
+    Raises:
+        ValueError: another model's config, or a name that is neither a preset nor a place.
+    """
+    if name in PRESETS:
+        return MiniLLMConfig.from_preset(name)
+    if not Path(name).exists() and "/" not in name:
+        return MiniLLMConfig.from_preset(name)
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, MiniLLMConfig):
+        raise ValueError(f"{name} holds a {config.model_type!r} model; only MiniLLM's are described")
+    return config
+
+
+def cache_bytes_per_token(config: MiniLLMConfig, bytes_per_value: int = 2) -> int:
+    """Bytes that one token of one sequence takes in the key/value cache, in a 16-bit type by default."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
+
+
+def served(config: MiniLLMConfig, implementation: str, device: str) -> str:
+    """What a back end does for a variant on a device: everything, some directions, or nothing."""
+    able = [direction for direction in DIRECTIONS if refusal(config, implementation, device, direction) is None]
+    return "yes" if len(able) == len(DIRECTIONS) else f"{', '.join(able)} only" if able else "refused"
+
+
+def refusal_reasons(config: MiniLLMConfig, implementation: str) -> list[str]:
+    """Why a back end refuses some or all of a variant, each reason once."""
+    found = [refusal(config, implementation, device, way) for device in ("cpu", "cuda") for way in DIRECTIONS]
+    return list(dict.fromkeys(reason for reason in found if reason))
+
+
+def print_info(name: str) -> None:
+    """Prints a config in words: mask, positions, norms, sizes, cache and back ends."""
+    config = find_config(name)
+    words = Table("", "", show_header=False, title=name)
+    for topic, phrase in describe(config).items():
+        words.add_row(topic, phrase)
+    words.add_row("parameters", f"{count_parameters(config):,}")
+    cached = f"{cache_bytes_per_token(config):,} bytes per token in 16 bits" if config.use_cache else "none"
+    words.add_row("cache", cached)
+    console.print(words)
+    table = Table("attention back end", "cpu", "cuda", "why not")
+    for implementation in (*KINDS, "others"):
+        on = [served(config, implementation, device) for device in ("cpu", "cuda")]
+        table.add_row(implementation, *on, "; ".join(refusal_reasons(config, implementation)))
+    console.print(table)
+    console.print("chosen by default: sdpa")

@@ -1,0 +1,174 @@
+"""The `minillm` command. Heavy imports stand inside the commands, so that `--help` answers at once."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minillm.cli.console import console, one_line_errors, require_extra
+
+app = typer.Typer(
+    help="Train, tune, run and publish MiniLLM models.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+class Objective(str, Enum):
+    causal = "causal"
+    prefix = "prefix"
+    sft = "sft"
+
+
+class SubwordKind(str, Enum):
+    byte_bpe = "byte_bpe"
+    sentencepiece_bpe = "sentencepiece_bpe"
+    unigram = "unigram"
+    wordpiece = "wordpiece"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for models, report and checkpoints")] = Path("minillm-demo"),
+    corpus: Annotated[Path | None, typer.Option(help="text file or folder; left out: Python's own sources")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of each variant")] = 800,
+    vocab_size: Annotated[int, typer.Option(min=300, help="tokens of the demo's tokenizer")] = 512,
+    seed: Annotated[int, typer.Option(help="seed of weights, order and prefixes")] = 0,
+) -> None:
+    """Train a tokenizer and three small models, fine-tune one with LoRA, load them all without MiniLLM."""
+    require_extra("train")
+    with one_line_errors():
+        from minillm.cli.demo import Demo, Settings
+
+        path = None if corpus is None else str(corpus.resolve())
+        Demo(out, Settings(corpus=path, steps=steps, vocab_size=vocab_size, seed=seed)).run()
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    files: Annotated[list[Path], typer.Argument(help="text files and folders of them (UTF-8)")],
+    out: Annotated[Path, typer.Option(help="folder for the tokenizer")],
+    vocab_size: Annotated[int, typer.Option(min=1, help="number of tokens, special ones included")],
+    model: Annotated[SubwordKind, typer.Option(help="subword model")] = SubwordKind.byte_bpe,
+) -> None:
+    """Train a tokenizer on text files."""
+    with one_line_errors():
+        from minillm.cli.console import replaced_folder
+        from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
+        from minillm.training import load_corpus
+
+        texts = [document.text for path in files for document in load_corpus(path)]
+        tokenizer = MiniLLMTokenizer.train_from_iterator(
+            texts, vocab_size=vocab_size, model=model.value, length=len(texts)
+        )
+        with replaced_folder(out) as partial:
+            tokenizer.save_pretrained(partial)
+        console.print(f"{len(tokenizer)} tokens in {out}")
+
+
+@app.command()
+def train(
+    out: Annotated[Path | None, typer.Option(help="folder for the model")] = None,
+    data: Annotated[Path | None, typer.Option(help="text file or folder; sft: .jsonl of prompts and answers")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of these options; flags win")] = None,
+    preset: Annotated[str | None, typer.Option(help="start from scratch with this architecture")] = None,
+    model: Annotated[str | None, typer.Option(help="or go on from this model")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer folder; left out: the model's")] = None,
+    objective: Annotated[Objective | None, typer.Option(help="what is predicted from what")] = None,
+    lora: Annotated[bool | None, typer.Option("--lora/--no-lora", help="train a LoRA adapter only")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="training steps")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="rows per step")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="tokens per row")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="peak of the cosine schedule")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of weights and order")] = None,
+) -> None:
+    """Train a model with the stock Trainer: pre-training, continued pre-training, answers only, LoRA."""
+    flags = {name: value for name, value in locals().items() if name != "config" and value is not None}
+    with one_line_errors():
+        from minillm.cli.training_run import read_options, run
+
+        run(read_options(config, flags))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="model folder or repository")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; left out: one per line of the input")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Annotated[int, typer.Option()] = 0,
+    stream: Annotated[bool, typer.Option(help="print tokens as they come (one prompt)")] = False,
+) -> None:
+    """Continue prompts."""
+    with one_line_errors():
+        from minillm.cli.generation_run import run
+
+        run(model, prompts, max_new_tokens, temperature, top_p, num_beams, seed, stream)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="model folder or repository")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter to merge into it")] = None,
+    dtype: Annotated[str | None, typer.Option(help="weights' dtype, e.g. bfloat16")] = None,
+) -> None:
+    """Write a folder that anyone can load: weights, config, tokenizer, code and model card."""
+    with one_line_errors():
+        from minillm.cli.publishing import export_model
+
+        export_model(model, out, adapter, dtype)
+        console.print(f"written: {out}")
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="model folder")],
+    repository: Annotated[str, typer.Argument(help="name on the Hub: user/name")],
+    private: Annotated[bool | None, typer.Option("--private/--public")] = None,
+) -> None:
+    """Upload a model folder with its tokenizer to the Hub."""
+    with one_line_errors():
+        from minillm.cli.publishing import push_model
+
+        console.print(push_model(model, repository, private))
+
+
+@app.command()
+def presets() -> None:
+    """List the named architectures with their parameter counts."""
+    with one_line_errors():
+        from minillm.cli.inspection import preset_table
+
+        console.print(preset_table())
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="preset, config file, model folder or repository")],
+) -> None:
+    """Say in words what a model is, and which attention back ends can serve it."""
+    with one_line_errors():
+        from minillm.cli.inspection import print_info
+
+        print_info(model)
+
+
+def version(show: bool) -> None:
+    if show:
+        from minillm.version import __version__
+
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
+    """Train, tune, run and publish MiniLLM models."""
