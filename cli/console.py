@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib.util
+import logging as standard_logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,11 @@ EXTRAS = {"train": ("datasets", "matplotlib"), "eval": ("lm_eval",)}
 """Packages of an optional extra, by import name."""
 
 
+def say(text: object) -> None:
+    """Prints a line as it is: no markup, no emoji codes, no breaks inside paths and addresses."""
+    console.print(str(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def require_extra(extra: str) -> None:
     """Ends the command, before any work, if a package of an extra is missing; prints the one line that installs it."""
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
@@ -25,27 +32,77 @@ def require_extra(extra: str) -> None:
         fail(f"{' and '.join(missing)} missing. Install: pip install 'minillm-hf[{extra}]'")
 
 
+def one_line(error: object) -> str:
+    """A message without line breaks; the kind of an error that has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def fail(message: object, code: int = 1) -> None:
     """Prints one line of error and ends the command with `code`."""
-    errors.print(f"[bold red]error:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+    errors.print(f"[bold red]error:[/] {escape(one_line(message))}", emoji=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns the errors that a user can mend into one line without a traceback."""
+def one_line_errors(resumes: bool = False) -> Iterator[None]:
+    """Turns the errors that a user can mend into one line without a traceback, and keeps libraries quiet.
+
+    Args:
+        resumes: the same command, given again after an interruption, goes on with what was saved.
+    """
     try:
-        yield
+        with quiet_libraries():
+            yield
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        errors.print("interrupted: what was saved stays; the same command goes on from there")
+        hint = ": what was saved stays; the same command goes on from there" if resumes else ""
+        errors.print(f"interrupted{hint}", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No bars of transformers between the command's own lines, and no remarks that are meant for programmers."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    had_bars, had_hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    # It only says that checkpoints are ordered by number.
+    ordering = standard_logging.getLogger("transformers.trainer_utils")
+    level = ordering.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        ordering.setLevel(standard_logging.ERROR)
+        logging.disable_progress_bar()
+        if had_hub_bars:
+            # Downloads and uploads take long enough to be watched.
+            enable_progress_bars()
+        try:
+            yield
+        finally:
+            ordering.setLevel(level)
+            if had_bars:
+                logging.enable_progress_bar()
+
+
+def require_free(target: Path) -> None:
+    """Checks, before any work, that a folder can be written without losing what is in its place.
+
+    Raises:
+        ValueError: a file or a folder that is not empty stands there.
+    """
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise ValueError(f"{target} is not empty: remove it, or choose another folder")
+    elif target.exists():
+        raise ValueError(f"{target} is a file: choose another folder")
 
 
 @contextlib.contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that takes the place of `target` only when all of it is written."""
+    target = target.resolve()
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

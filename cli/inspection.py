@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.capabilities import DIRECTIONS, KINDS, refusal
-from minillm.cli.console import console
+from minillm.cli.console import console, say
+from minillm.cli.loading import load_pretrained
 from minillm.configuration.presets import PRESETS
 from minillm.description import describe
 
@@ -38,7 +40,7 @@ def find_config(name: str) -> MiniLLMConfig:
         return MiniLLMConfig.from_preset(name)
     if not Path(name).exists() and "/" not in name:
         return MiniLLMConfig.from_preset(name)
-    config = AutoConfig.from_pretrained(name)
+    config = load_pretrained(AutoConfig, name, "config")
     if not isinstance(config, MiniLLMConfig):
         raise ValueError(f"{name} holds a {config.model_type!r} model; only MiniLLM's are described")
     return config
@@ -64,7 +66,7 @@ def refusal_reasons(config: MiniLLMConfig, implementation: str) -> list[str]:
 def print_info(name: str) -> None:
     """Prints a config in words: mask, positions, norms, sizes, cache and back ends."""
     config = find_config(name)
-    words = Table("", "", show_header=False, title=name)
+    words = Table("", "", show_header=False, title=escape(name))
     for topic, phrase in describe(config).items():
         words.add_row(topic, phrase)
     words.add_row("parameters", f"{count_parameters(config):,}")
@@ -76,4 +78,4 @@ def print_info(name: str) -> None:
         on = [served(config, implementation, device) for device in ("cpu", "cuda")]
         table.add_row(implementation, *on, "; ".join(refusal_reasons(config, implementation)))
     console.print(table)
-    console.print("chosen by default: sdpa")
+    say("chosen by default: sdpa")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minillm.cli.console import console, one_line_errors, require_extra
+from minillm.cli.console import console, one_line_errors, replaced_folder, require_extra, require_free, say
 
 app = typer.Typer(
     help="Train, tune, run and publish MiniLLM models.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -38,7 +38,7 @@ def demo(
 ) -> None:
     """Train a tokenizer and three small models, fine-tune one with LoRA, load them all without MiniLLM."""
     require_extra("train")
-    with one_line_errors():
+    with one_line_errors(resumes=True):
         from minillm.cli.demo import Demo, Settings
 
         path = None if corpus is None else str(corpus.resolve())
@@ -54,17 +54,17 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer on text files."""
     with one_line_errors():
-        from minillm.cli.console import replaced_folder
         from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
         from minillm.training import load_corpus
 
+        require_free(out)
         texts = [document.text for path in files for document in load_corpus(path)]
         tokenizer = MiniLLMTokenizer.train_from_iterator(
             texts, vocab_size=vocab_size, model=model.value, length=len(texts)
         )
         with replaced_folder(out) as partial:
             tokenizer.save_pretrained(partial)
-        console.print(f"{len(tokenizer)} tokens in {out}")
+        say(f"{len(tokenizer)} tokens in {out}")
 
 
 @app.command()
@@ -85,7 +85,7 @@ def train(
 ) -> None:
     """Train a model with the stock Trainer: pre-training, continued pre-training, answers only, LoRA."""
     flags = {name: value for name, value in locals().items() if name != "config" and value is not None}
-    with one_line_errors():
+    with one_line_errors(resumes=True):
         from minillm.cli.training_run import read_options, run
 
         run(read_options(config, flags))
@@ -121,7 +121,7 @@ def export(
         from minillm.cli.publishing import export_model
 
         export_model(model, out, adapter, dtype)
-        console.print(f"written: {out}")
+        say(f"written: {out}")
 
 
 @app.command()
@@ -134,7 +134,7 @@ def push(
     with one_line_errors():
         from minillm.cli.publishing import push_model
 
-        console.print(push_model(model, repository, private))
+        say(push_model(model, repository, private))
 
 
 @app.command()
@@ -161,7 +161,7 @@ def version(show: bool) -> None:
     if show:
         from minillm.version import __version__
 
-        console.print(__version__)
+        say(__version__)
         raise typer.Exit
 
 

@@ -1,37 +1,60 @@
 """`minillm export` and `minillm push`."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillm.cli.console import replaced_folder
+from minillm.cli.console import one_line, replaced_folder, require_free
+from minillm.cli.loading import load_pretrained
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export_model(model_name: str, out: Path, adapter: str | None = None, dtype: str | None = None) -> None:
     """Writes a complete folder: weights, config, tokenizer, code and card; an adapter is merged into the weights.
 
     Raises:
-        ValueError: an unknown dtype.
-        OSError: no model, tokenizer or adapter at the given place.
+        ValueError: an unknown dtype, an `out` that is not empty, or no model, tokenizer or adapter at the given place.
     """
-    chosen = getattr(torch, dtype, None) if dtype else None
-    if dtype and not isinstance(chosen, torch.dtype):
-        raise ValueError(f"--dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=chosen or "auto")
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    require_free(out)
+    model, tokenizer = load_whole_model(model_name)
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    with replaced_folder(Path(out)) as partial:
+        try:
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        except Exception as error:
+            raise ValueError(f"{adapter} holds no adapter for {model_name}: {one_line(error)}") from error
+    if dtype is not None:
+        # After the merge, so that its sum is rounded once.
+        model = model.to(dtype=getattr(torch, dtype))
+    with replaced_folder(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
 
 def push_model(model_name: str, repository: str, private: bool | None = None) -> str:
-    """Uploads model and tokenizer; returns the commit's address."""
-    model = AutoModelForCausalLM.from_pretrained(model_name)
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model.push_to_hub(repository, private=private)
-    return str(tokenizer.push_to_hub(repository, private=private))
+    """Uploads model and tokenizer; returns the address of the last commit.
+
+    Raises:
+        ValueError: no model or tokenizer at the given place, or the hub cannot be reached or refuses.
+    """
+    model, tokenizer = load_whole_model(model_name)
+    try:
+        model.push_to_hub(repository, private=private)
+        return str(tokenizer.push_to_hub(repository, private=private))
+    except Exception as error:
+        raise ValueError(f"{repository} was not uploaded: {one_line(error)}") from error
+
+
+def load_whole_model(name: str) -> tuple[Any, Any]:
+    """A model with its tokenizer. ValueError if the place holds an adapter only."""
+    model = load_pretrained(AutoModelForCausalLM, name, "model", dtype="auto")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        base = getattr(model.config, "_name_or_path", "") or "BASE"
+        raise ValueError(f"{name} is an adapter; merge it first: minillm export {base} OUT --adapter {name}")
+    return model, load_pretrained(AutoTokenizer, name, "tokenizer")

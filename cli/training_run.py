@@ -1,17 +1,18 @@
 """`minillm train`: options from flags and a file, and the stock Trainer on them."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.cli.console import console, replaced_folder
+from minillm.cli.console import one_line, replaced_folder, require_free, say, write_atomically
+from minillm.cli.loading import last_complete_checkpoint, load_pretrained
 from minillm.cli.progress import ProgressCallback
 from minillm.evaluation import perplexity
 from minillm.training import (
@@ -26,6 +27,7 @@ from minillm.training import (
 )
 
 OBJECTIVES = ("causal", "prefix", "sft")
+LOWEST = {"max_steps": 1, "batch_size": 1, "max_length": 2, "learning_rate": 0.0}
 
 
 @dataclass
@@ -52,44 +54,84 @@ def read_options(file: Path | None, flags: dict[str, Any]) -> TrainOptions:
     Raises:
         ValueError: an unknown key, a missing one, or options that contradict one another.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        values = yaml.safe_load(Path(file).read_text("utf-8")) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} must hold a mapping of options")
-    flags = {name: getattr(value, "value", value) for name, value in flags.items()}
-    values |= flags
-    known = {field.name for field in fields(TrainOptions)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown options {unknown} in {file}; allowed: {sorted(known)}")
+    values = read_file(file) if file is not None else {}
+    values |= {name: getattr(value, "value", value) for name, value in flags.items()}
+    kinds = {field.name: field.type for field in fields(TrainOptions)}
+    if unknown := sorted(set(values) - set(kinds), key=str):
+        raise ValueError(f"unknown options {unknown} in {file}; allowed: {sorted(kinds)}")
     for name in ("out", "data"):
-        if name not in values:
+        if values.get(name) is None:
             raise ValueError(f"--{name} is missing (a flag, or a key of --config)")
-        values[name] = Path(values[name])
+    values = {name: read_value(name, value, kinds[name]) for name, value in values.items()}
     options = TrainOptions(**values)
     if (options.preset is None) == (options.model is None):
         raise ValueError("give exactly one of --preset (from scratch) and --model (go on from a model)")
     if options.preset is not None and options.tokenizer is None:
         raise ValueError("--preset needs --tokenizer: make one with `minillm tokenizer train`")
+    if options.preset is not None and options.lora:
+        raise ValueError("--lora adapts a trained model: give --model in place of --preset")
     if options.objective not in (None, *OBJECTIVES):
         raise ValueError(f"--objective {options.objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
     return options
 
 
+def read_file(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file."""
+    try:
+        values = yaml.safe_load(Path(file).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is neither YAML nor JSON: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a mapping of options")
+    return values
+
+
+def read_value(name: str, value: Any, kind: Any) -> Any:
+    """A value of `--config` or of a flag in the type of its option."""
+    kinds = get_args(kind) or (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    if Path in kinds and isinstance(value, (str, Path)):
+        return Path(value)
+    if float in kinds and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            # YAML reads 1e-3 as a string.
+            value = float(value)
+        except ValueError:
+            value = None
+    if type(value) not in kinds:
+        names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"the option {name} must be {names}, not {value!r}")
+    if name in LOWEST and value is not None and value < LOWEST[name]:
+        raise ValueError(f"the option {name} is {value}; it must be at least {LOWEST[name]}")
+    return value
+
+
 def build_model(options: TrainOptions, tokenizer: Any) -> Any:
     if options.model is not None:
-        return AutoModelForCausalLM.from_pretrained(options.model)
+        model = load_pretrained(AutoModelForCausalLM, options.model, "model")
+        if not isinstance(model, MiniLLMForCausalLM):
+            raise ValueError(f"{options.model} holds a {model.config.model_type!r} model; only MiniLLM's are trained")
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(f"{options.model} is an adapter: merge it with `minillm export BASE OUT --adapter ...`")
+        return model
     overrides = {"max_position_embeddings": options.max_length} if options.max_length else {}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return MiniLLMForCausalLM(MiniLLMConfig.from_preset(options.preset, vocab_size=len(tokenizer), **ids, **overrides))
 
 
-def choose_objective(options: TrainOptions, config: Any) -> str:
-    """The given objective, or the model's own; refuses a prefix for a model that has none."""
-    kind = getattr(config, "attention_type", "causal")
-    objective = options.objective or ("prefix" if kind == "prefix" else "causal")
-    if objective == "prefix" and kind != "prefix":
-        raise ValueError(f"--objective prefix needs a model with attention_type='prefix'; this one is {kind!r}")
+def choose_objective(options: TrainOptions, config: MiniLLMConfig) -> str:
+    """The given objective, or the model's own; refuses one that the model's mask does not fit."""
+    kind = config.attention_type
+    if kind == "bidirectional":
+        raise ValueError(
+            "a bidirectional model sees the tokens that it would have to predict: train a causal or prefix one"
+        )
+    objective = options.objective or kind
+    if objective != "sft" and objective != kind:
+        raise ValueError(
+            f"--objective {objective} needs a model with attention_type={objective!r}; this one is {kind!r}"
+        )
     return objective
 
 
@@ -97,7 +139,7 @@ def build_collator(objective: str, tokenizer: Any, options: TrainOptions, config
     length = options.max_length or config.max_position_embeddings
     common = {"tokenizer": tokenizer, "max_length": length, "seed": options.seed}
     if objective == "sft":
-        return DataCollatorForSFT(**common, prompt_is_prefix=getattr(config, "attention_type", None) == "prefix")
+        return DataCollatorForSFT(**common, prompt_is_prefix=config.attention_type == "prefix")
     return (DataCollatorForPrefixLM if objective == "prefix" else DataCollatorForCausalLM)(**common)
 
 
@@ -114,8 +156,14 @@ def read_samples(options: TrainOptions, objective: str, tokenizer: Any) -> tuple
 
 
 def jsonl_lines(path: Path) -> list[tuple[int, str]]:
-    text = Path(path).read_text("utf-8")
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; --objective sft reads lines of JSON from one")
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    # Not `splitlines`: JSON allows U+2028 and its like inside a string.
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def read_answer_line(line: str, number: int, tokenizer: Any) -> dict[str, list[int]]:
@@ -124,38 +172,60 @@ def read_answer_line(line: str, number: int, tokenizer: Any) -> dict[str, list[i
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"line {number} is no JSON: {error}") from error
-    if "messages" in record:
-        encoded = tokenizer.apply_chat_template(
-            record["messages"], return_dict=True, return_assistant_tokens_mask=True, tokenize=True
-        )
+    if isinstance(record, dict) and "messages" in record:
+        try:
+            encoded = tokenizer.apply_chat_template(
+                record["messages"], return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+            )
+        except (TemplateError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"line {number} holds no messages that can be read: {one_line(error)}") from error
         return {"input_ids": encoded["input_ids"], "assistant_masks": encoded["assistant_masks"]}
-    if not {"prompt", "completion"} <= set(record):
-        raise ValueError(f"line {number} has the keys {sorted(record)}; needed: prompt and completion, or messages")
+    if not isinstance(record, dict) or not {"prompt", "completion"} <= set(record):
+        found = f"has the keys {sorted(record)}" if isinstance(record, dict) else f"holds {record!r:.40}"
+        raise ValueError(f"line {number} {found}; needed: prompt and completion, or messages")
+    for name in ("prompt", "completion"):
+        if not isinstance(record[name], str):
+            raise ValueError(f"line {number}: {name} must be a string, not {record[name]!r:.40}")
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return {"prompt_ids": encode(record["prompt"]), "completion_ids": encode(record["completion"]) + end}
 
 
-def run(options: TrainOptions) -> None:
-    """Trains, reports the held-out perplexity, and writes the model (with LoRA: the adapter) to `out`."""
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
-    set_seed(options.seed)
-    model = build_model(options, tokenizer)
-    objective = choose_objective(options, model.config)
-    collator = build_collator(objective, tokenizer, options, model.config)
-    train_samples, held_out = read_samples(options, objective, tokenizer)
-    rows, held_out_rows = pack_dataset(train_samples, collator), pack_dataset(held_out, collator)
-    console.print(f"{len(rows)} rows to train on, {len(held_out_rows)} held out, objective {objective}")
-    if options.lora:
-        from peft import LoraConfig, get_peft_model
+def go_on_from(checkpoints: Path, options: TrainOptions) -> str | None:
+    """The checkpoint of an interrupted run with the same options; notes them for the next run.
 
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
-    checkpoints = options.out.with_name(f"{options.out.name}-checkpoints")
-    arguments = TrainingArguments(
+    Raises:
+        ValueError: the folder of checkpoints belongs to a run with other options, or to something else.
+    """
+    note = checkpoints / "options.json"
+    now = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    if note.exists():
+        then = json.loads(note.read_text("utf-8"))
+        differing = {name: value for name, value in then.items() if now.get(name) != value}
+        if differing:
+            raise ValueError(
+                f"{checkpoints} was begun with other options ({differing}): repeat them, remove it, or choose another "
+                "--out"
+            )
+    else:
+        require_free(checkpoints)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps(now, indent=2))
+    checkpoint = last_complete_checkpoint(checkpoints)
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    return None if checkpoint is None else str(checkpoint)
+
+
+def training_arguments(options: TrainOptions, checkpoints: Path) -> TrainingArguments:
+    learning_rate = options.learning_rate
+    if learning_rate is None:
+        learning_rate = 2e-3 if options.lora else 1e-3
+    return TrainingArguments(
         str(checkpoints),
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
-        learning_rate=options.learning_rate or (2e-3 if options.lora else 1e-3),
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, options.max_steps // 20),
         weight_decay=0.1,
@@ -167,16 +237,35 @@ def run(options: TrainOptions) -> None:
         disable_tqdm=True,
         report_to="none",
     )
+
+
+def run(options: TrainOptions) -> None:
+    """Trains, reports the held-out perplexity, and writes the model (with LoRA: the adapter) to `out`."""
+    require_free(options.out)
+    tokenizer = load_pretrained(AutoTokenizer, options.tokenizer or options.model, "tokenizer")
+    set_seed(options.seed)
+    model = build_model(options, tokenizer)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
+    objective = choose_objective(options, model.config)
+    collator = build_collator(objective, tokenizer, options, model.config)
+    train_samples, held_out = read_samples(options, objective, tokenizer)
+    rows, held_out_rows = pack_dataset(train_samples, collator), pack_dataset(held_out, collator)
+    say(f"{len(rows)} rows to train on, {len(held_out_rows)} held out, objective {objective}")
+    if options.lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
+    checkpoints = options.out.with_name(f"{options.out.name}-checkpoints")
+    checkpoint = go_on_from(checkpoints, options)
+    arguments = training_arguments(options, checkpoints)
     callbacks = [SetEpochCallback(collator), ProgressCallback(objective)]
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks)
     trainer.pop_callback(next(cb for cb in trainer.callback_handler.callbacks if "Printer" in type(cb).__name__))
-    checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
-    if checkpoint:
-        console.print(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
-    score = perplexity(trainer.model, held_out_rows, collator)
-    console.print(f"held-out perplexity {score.perplexity:.2f} on {score.num_tokens:,} tokens")
     with replaced_folder(options.out) as partial:
         trainer.model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    console.print(f"written: {options.out} (checkpoints: {checkpoints})")
+    score = perplexity(trainer.model, held_out_rows, collator)
+    say(f"held-out perplexity {score.perplexity:.2f} on {score.num_tokens:,} tokens")
+    say(f"written: {options.out} (checkpoints: {checkpoints})")
