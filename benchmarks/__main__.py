@@ -14,11 +14,12 @@ import statistics
 import time
 from collections.abc import Callable
 
-import minillm
 import torch
 import transformers
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import minillm
+from minillm import MiniLLMConfig, MiniLLMForCausalLM
 
 SHAPES = {
     "cpu": {"vocab": 2048, "hidden": 256, "layers": 4, "heads": 8, "batch": 4, "length": 256, "new": 48},

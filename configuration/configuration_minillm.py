@@ -1,6 +1,7 @@
 """`MiniLLMConfig`: every architectural choice as one typed, validated field."""
 
 import difflib
+import math
 from typing import Any, Literal
 
 import transformers
@@ -11,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from minillm.configuration.presets import PRESETS
+from minillm.configuration.rope_fields import check_rope, take_old_spellings
 from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS
 from minillm.version import __version__
 
@@ -49,7 +51,6 @@ POSITIVE_FIELDS = (
 ).split()
 UNIT_INTERVAL_FIELDS = ("attention_dropout", "hidden_dropout", "embedding_dropout", "embedding_gradient_scale")
 GLU_ONLY_ACTS = ("gtu", "bilinear")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "ntk")
 
 
 @strict
@@ -127,7 +128,7 @@ class MiniLLMConfig(PreTrainedConfig):
     """
 
     model_type = "minillm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -216,20 +217,9 @@ class MiniLLMConfig(PreTrainedConfig):
         self._derive()
         # On the instance, since transformers 5.17 adds to it for tied embeddings.
         self.base_model_tp_plan = self._tensor_parallel_plan()
-        uses_rope = self.position_embedding_type == "rope"
-        rope_keys = [key for key in ("rope_theta", "rope_scaling", "partial_rotary_factor") if kwargs.get(key)]
-        if not uses_rope and (self.rope_parameters or rope_keys):
-            raise ValueError(
-                f"`{(rope_keys or ['rope_parameters'])[0]}` is set, but "
-                f"`position_embedding_type={self.position_embedding_type!r}` has no rotary embedding: leave it out or "
-                "set `position_embedding_type='rope'`"
-            )
-        if self.rope_parameters is not None:
-            self.rope_parameters = dict(self.rope_parameters)
-        if kwargs.get("rope_scaling"):
-            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
+        self.rope_parameters = take_old_spellings(self.position_embedding_type, self.rope_parameters, kwargs)
         super().__post_init__(**kwargs)
-        if not uses_rope:
+        if self.position_embedding_type != "rope":
             self.rope_parameters = None
         self.validate_architecture()
 
@@ -286,12 +276,14 @@ class MiniLLMConfig(PreTrainedConfig):
         for wrong, message in self._conflicts():
             if wrong:
                 raise ValueError(message)
+        if self.position_embedding_type == "rope":
+            check_rope(self)
 
     def _check_ranges(self) -> None:
         for name in POSITIVE_FIELDS:
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}={value}` must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}={value}` must be positive and finite")
         for name in UNIT_INTERVAL_FIELDS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1")
@@ -305,14 +297,13 @@ class MiniLLMConfig(PreTrainedConfig):
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Pairs of (is it so, what is wrong and the way out)."""
-        rope = self.rope_parameters or {}
-        rotary_dim = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
-        axis_dim = 4 if self.rope_2d else 2
         gated_act = self.hidden_act in GLU_ONLY_ACTS
         return [
             (
-                rope.get("rope_type", "default") not in ROPE_TYPES,
-                f"`rope_parameters['rope_type']={rope.get('rope_type')!r}` is unknown; allowed: {sorted(ROPE_TYPES)}",
+                self.position_embedding_type != "rope" and bool(self.rope_parameters),
+                f"`rope_parameters={self.rope_parameters}` is set, but `position_embedding_type="
+                f"{self.position_embedding_type!r}` has no rotary embedding: leave it out or set "
+                "`position_embedding_type='rope'`",
             ),
             (
                 self.num_attention_heads % self.num_key_value_heads != 0,
@@ -356,19 +347,9 @@ class MiniLLMConfig(PreTrainedConfig):
                 "set `alibi_rounding='none'`",
             ),
             (
-                self.position_embedding_type == "rope" and (rotary_dim < axis_dim or rotary_dim % axis_dim != 0),
-                f"`head_dim={self.head_dim}` with `partial_rotary_factor={rope.get('partial_rotary_factor', 1.0)}` "
-                f"gives {rotary_dim} rotary channels; they must be a multiple of {axis_dim} "
-                f"(`rope_2d={self.rope_2d}`)",
-            ),
-            (
-                self.rope_2d and rope.get("partial_rotary_factor", 1.0) != 1.0,
-                "`rope_2d=True` rotates all channels: leave `partial_rotary_factor` out of `rope_parameters`",
-            ),
-            (
-                self.rope_2d and rope.get("rope_type", "default") not in ("default", "linear", "ntk"),
-                f"`rope_2d=True` and `rope_type={rope.get('rope_type')!r}`: two axes are stretched by 'linear' or "
-                "'ntk' only",
+                self.scale_residual_init and self.norm_placement == "deepnorm",
+                "`scale_residual_init=True` and `norm_placement='deepnorm'`: DeepNorm initialises these weights itself; "
+                "leave `scale_residual_init` out or set `deepnorm_beta`",
             ),
             (
                 self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,

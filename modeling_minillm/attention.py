@@ -6,11 +6,26 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.normalization import NORMS
 from minillm.positions import PositionBias, apply_rotary
+
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this transformers calls the key/value cache; it was `past_key_values` before 5.24."""
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, given under its name or under its older one.
+
+    Raises:
+        ValueError: if both are given and differ.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("`cache` and `past_key_values` are two names of one thing: give one of them")
+    return past_key_values if cache is None else cache
 
 
 def eager_attention_forward(
@@ -76,7 +91,6 @@ class MiniLLMAttention(nn.Module):
         attention_mask: torch.Tensor | BlockMask | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         position_bias: PositionBias | None = None,
-        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends over cached and new tokens.
@@ -85,7 +99,8 @@ class MiniLLMAttention(nn.Module):
             hidden_states: [batch, Q, hidden].
             attention_mask, position_bias: as `minillm.masks.build_attention_inputs` makes them.
             position_embeddings: cosines and sines [batch or 1, Q, rotary channels], or None without RoPE.
-            past_key_values: the cache, which takes this layer's keys and values.
+            kwargs: the cache, which takes this layer's keys and values, under `CACHE_NAME`; the rest is for the back
+                end.
 
         Returns:
             The output [batch, Q, hidden], and the probabilities [batch, heads, Q, K] where the back end has them.
@@ -98,8 +113,10 @@ class MiniLLMAttention(nn.Module):
         if position_embeddings is not None:
             query = apply_rotary(query, *position_embeddings, self.config)
             key = apply_rotary(key, *position_embeddings, self.config)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache: Cache | None = kwargs.pop(CACHE_NAME, None)
+        if cache is not None:
+            # A paged cache reads its indices from the keyword arguments, and adds what its kernel needs.
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attention_mask, position_bias = self._local(query, attention_mask, position_bias)
         if position_bias is not None:
             kwargs["position_bias"] = position_bias

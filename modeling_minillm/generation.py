@@ -1,4 +1,4 @@
-"""How a prefix travels through `generate()`: four small hooks around transformers' own generation."""
+"""How a prefix travels through `generate()`: small hooks around transformers' own generation."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from minillm.attention import CACHE_NAME
 from minillm.capabilities import check
 
 logger = logging.get_logger(__name__)
@@ -57,7 +58,7 @@ class MiniLLMGenerationMixin:
             mask = torch.nn.functional.pad(mask, (0, missing))
         elif self.config.attention_type == "prefix" and self.config.prompt_is_prefix:
             mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-            cache = model_kwargs.get("past_key_values")
+            cache = model_kwargs.get(CACHE_NAME)
             if isinstance(cache, Cache):
                 mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= cache.get_seq_length())
         if mask is not None:
@@ -98,6 +99,8 @@ class MiniLLMGenerationMixin:
             if total - count < prompt_length:
                 padded = torch.nn.functional.pad(prefix_mask, (0, total - prompt_length))
                 inputs["prefix_mask"] = padded[:, -count:]
+        # PEFT's prompt learning looks for the cache under its older name.
+        inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         return inputs
 
     @staticmethod
@@ -107,15 +110,18 @@ class MiniLLMGenerationMixin:
         return count if positions is None else positions.shape[-1]
 
     @staticmethod
-    def create_masks_for_generate(
-        attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> torch.Tensor | None:
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
         """For fixed-size caches: the 2D mask at the cache's full length, from which forward builds mask and bias
         inside the graph, by the same code as for every other cache."""
         if attention_mask is None or attention_mask.ndim != 2:
             return attention_mask
-        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        missing = kwargs[CACHE_NAME].get_max_length() - attention_mask.shape[1]
         return torch.nn.functional.pad(attention_mask, (0, max(0, missing)))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses, before a batch is made, the variants that a paged cache cannot serve."""
+        check(self.config, "paged")
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]

@@ -15,6 +15,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
+from minillm.attention import CACHE_NAME
 from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.positions import POSITION_BIASES, POSITION_TABLES, PositionBias
@@ -330,13 +331,13 @@ def lay_out(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     prefix_mask: torch.Tensor | None,
     document_ids: torch.Tensor | None,
     block_position_ids: torch.Tensor | None,
 ) -> Layout:
     """Reads and checks the per-token inputs of a forward (all [B, Q]; see `MiniLLMModel.forward`)."""
-    layout = Layout(config, inputs_embeds, past_key_values)
+    layout = Layout(config, inputs_embeds, cache)
     if attention_mask is not None and attention_mask.ndim == 2:
         layout.set_padding(attention_mask)
     if position_ids is not None:
@@ -355,14 +356,15 @@ def lay_out(
                 "only a model with `attention_type='prefix'` has a bidirectional prefix"
             )
         layout.set_prefix(prefix_mask)
-    if config.position_embedding_type in POSITION_TABLES:
-        size = config.position_table_size
-        positions = layout.position_ids
-        require(
-            (positions >= 0) & (positions < size),
-            f"`position_ids` reach beyond the table of learned positions (`position_table_size={size}`): "
-            "shorten the input or use a position scheme without a table",
-        )
+    size = config.position_table_size
+    axes = (("position_ids", layout.position_ids), ("block_position_ids", block_position_ids))
+    for name, positions in axes[: len(POSITION_TABLES.get(config.position_embedding_type, ()))]:
+        if positions is not None:
+            require(
+                (positions >= 0) & (positions < size),
+                f"`{name}` reach beyond the table of learned positions (`position_table_size={size}`): "
+                "shorten the input or use a position scheme without a table",
+            )
     return layout
 
 
@@ -371,7 +373,7 @@ def build_attention_inputs(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     prefix_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     block_position_ids: torch.Tensor | None = None,
@@ -387,7 +389,7 @@ def build_attention_inputs(
         inputs_embeds,
         attention_mask,
         position_ids,
-        past_key_values,
+        cache,
         prefix_mask,
         document_ids,
         block_position_ids,
@@ -408,7 +410,7 @@ def build_attention_inputs(
         return _custom_mask(layout, custom, bias, kind, inputs_embeds.dtype)
     if kind in ("flash", "other"):
         create = create_bidirectional_mask if config.attention_type == "bidirectional" else create_causal_mask
-        return AttentionInputs(positions, create(config, inputs_embeds, attention_mask, past_key_values), None)
+        return AttentionInputs(positions, create(config, inputs_embeds, attention_mask, **{CACHE_NAME: cache}), None)
     if kind == "flex":
         return AttentionInputs(positions, block_mask(layout), bias)
     causal_square = layout.query_length > 1 and config.attention_type != "bidirectional"

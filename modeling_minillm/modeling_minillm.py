@@ -30,7 +30,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from minillm.attention import MiniLLMAttention
+from minillm.attention import CACHE_NAME, MiniLLMAttention, one_cache
 from minillm.capabilities import check
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.feed_forward import MLPS
@@ -109,7 +109,7 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniLLMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -167,12 +167,13 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         prefix_mask: torch.Tensor | None = None,
         document_ids: torch.LongTensor | None = None,
         block_position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder over Q new tokens.
@@ -182,7 +183,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             attention_mask: [batch, cached + Q], nonzero at real tokens; or one's own 4D mask, boolean or additive.
             position_ids: [batch, Q] or [batch, cached + Q] on the first position axis. Left out, a token's position is
                 the number of real tokens before it in its document.
-            past_key_values: a cache, which is filled and returned.
+            cache: a key/value cache, which is filled and returned; `past_key_values` is its older name.
             use_cache: make a `DynamicCache` if none was given.
             prefix_mask: [batch, Q], 1 inside a document's bidirectional prefix, then 0 (`attention_type="prefix"`).
                 Without it the forward is plain causal.
@@ -194,7 +195,9 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         Raises:
             ValueError: for inputs that contradict the config or one another; see `minillm.masks`.
         """
-        self._check_call(kwargs, past_key_values)
+        cache = one_cache(cache, past_key_values)
+        paged = any(key in kwargs for key in PAGED_KEYS)
+        self._check_call(kwargs, cache, paged)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
@@ -208,14 +211,14 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 "This prefix model is training without `prefix_mask`, so as a plain causal model: use a collator that "
                 "makes one, e.g. minillm.training.DataCollatorForPrefixLM."
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         attention = build_attention_inputs(
             self.config,
             inputs_embeds,
             attention_mask,
             position_ids,
-            past_key_values,
+            None if paged else cache,  # a paged cache brings its own mask and positions
             prefix_mask,
             document_ids,
             block_position_ids,
@@ -231,10 +234,10 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 position_bias=attention.position_bias,
                 position_embeddings=position_embeddings,
                 position_ids=attention.position_ids,
-                past_key_values=past_key_values,
+                **{"cache" if paged else CACHE_NAME: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _embed(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None
@@ -250,10 +253,10 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             inputs_embeds = self.embed_layernorm(inputs_embeds)
         return self.embed_dropout(inputs_embeds)
 
-    def _check_call(self, kwargs: dict[str, Any], past_key_values: Cache | None) -> None:
+    def _check_call(self, kwargs: dict[str, Any], cache: Cache | None, paged: bool) -> None:
         """Refuses what this variant, or the chosen back end, would silently ignore."""
         implementation = self.config._attn_implementation
-        if any(key in kwargs for key in PAGED_KEYS):
+        if paged:
             check(self.config, "paged")
         else:
             for key, value in kwargs.items():
@@ -263,7 +266,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                         "position_ids, prefix_mask, document_ids and block_position_ids)"
                     )
         is_causal = self.config.attention_type != "bidirectional"
-        if kwargs.get("is_causal", is_causal) != is_causal:
+        # A paged cache brings a mask, and tells SDPA to make no causal one.
+        if not paged and kwargs.get("is_causal", is_causal) != is_causal:
             raise ValueError(
                 f"`is_causal={kwargs['is_causal']}` with `attention_type={self.config.attention_type!r}`: who sees "
                 "whom is a matter of the config; set `attention_type`"
@@ -274,9 +278,9 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 f"`output_attentions=True` with attn_implementation={implementation!r}, which returns no "
                 "probabilities: load the model with attn_implementation='eager'"
             )
-        if past_key_values is not None and self.config.attention_type == "bidirectional":
+        if cache is not None and self.config.attention_type == "bidirectional":
             raise ValueError(
-                "`past_key_values` with `attention_type='bidirectional'`: cached tokens would have to see later ones; "
+                "`cache` with `attention_type='bidirectional'`: cached tokens would have to see later ones; "
                 "call the model without a cache"
             )
 
@@ -309,7 +313,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -317,6 +321,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
         prefix_mask: torch.Tensor | None = None,
         document_ids: torch.LongTensor | None = None,
         block_position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `MiniLLMModel.forward`, and:
@@ -335,7 +340,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             prefix_mask=prefix_mask,
@@ -350,7 +355,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -365,18 +370,20 @@ class PerTokenInputs:
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prefix_mask: torch.Tensor | None = None,
         document_ids: torch.LongTensor | None = None,
         block_position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput:
         """As `MiniLLMModel.forward`; `labels` are classes (or values, for regression) per text [batch] or token
         [batch, Q]."""
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache)
+        cache = one_cache(cache, past_key_values)
+        inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache)
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
         return super().forward(*inputs, **extra, **kwargs)
 
@@ -418,18 +425,20 @@ class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrained
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         prefix_mask: torch.Tensor | None = None,
         document_ids: torch.LongTensor | None = None,
         block_position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """As `MiniLLMModel.forward`; `start_positions` and `end_positions` [batch] are token indices."""
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        cache = one_cache(cache, past_key_values)
+        inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
         return super().forward(*inputs, start_positions, end_positions, **extra, **kwargs)
 
 

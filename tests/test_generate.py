@@ -6,7 +6,15 @@ import pytest
 import torch
 from matrix_cases import VOCAB, assert_close, double_weights, loud_model, tiny_config
 from reference import reference_greedy, reference_logits
-from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.generation.streamers import BaseStreamer
 
 NEW = 8
@@ -386,3 +394,30 @@ def test_offloaded_cache(attention_type, scheme, cache):
     ids, mask = (tensor.cuda() for tensor in prompts())
     answers = model.generate(ids, attention_mask=mask, cache_implementation=cache, **GREEDY)[:, ids.shape[1] :]
     assert torch.equal(answers.cpu(), expected_answers(attention_type, scheme))
+
+
+def unpadded(ids, mask):
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+@each_back_end
+@pytest.mark.parametrize("scheme", ["rope", "learned", "none"])
+def test_continuous_batching(scheme, back_end):
+    model = build("causal", scheme, back_end)
+    options = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # Left to itself the paged cache takes most of the machine's memory.
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    outputs = model.generate_batch(
+        inputs=unpadded(*prompts()), generation_config=options, continuous_batching_config=small
+    )
+    answers = [outputs[name].generated_tokens for name in sorted(outputs)]
+    assert answers == expected_answers("causal", scheme).tolist()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"attention_type": "prefix"}, {"position_embedding_type": "alibi"}, {"sliding_window": 4}], ids=str
+)
+def test_continuous_batching_of_what_a_paged_cache_cannot_serve_is_refused(fields):
+    model = loud_model(tiny_config(**fields))
+    with pytest.raises(ValueError, match="paged cache"):
+        model.generate_batch(inputs=[[3, 4, 5]], generation_config=GenerationConfig(max_new_tokens=2))

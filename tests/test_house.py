@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import minillm
 import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import minillm
 
 ROOT = Path(__file__).parent.parent
 
