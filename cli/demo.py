@@ -17,17 +17,19 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __version__
 from minillm.cli.console import console, replaced_folder, write_atomically
+from minillm.cli.loading import last_complete_checkpoint
 from minillm.cli.progress import ProgressCallback, Schedule, fastest_thread_count
 from minillm.cli.report import write_report
 from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
 from minillm.training import (
+    CorpusError,
     DataCollatorForCausalLM,
     DataCollatorForPrefixLM,
     SetEpochCallback,
+    TextDocument,
     docstring_prose,
     load_corpus,
     pack_dataset,
@@ -76,6 +78,7 @@ class Demo:
         self.settings = settings
         self.state_file = out / "state.json"
         self.state = self._read_state()
+        self.started = time.monotonic() - self.state.get("seconds", 0.0)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.schedule = Schedule(settings.steps * len(VARIANTS) + self.lora_steps)
 
@@ -84,12 +87,15 @@ class Demo:
         return max(1, round(self.settings.steps * LORA_SHARE))
 
     def _read_state(self) -> dict[str, Any]:
-        fresh = {"settings": asdict(self.settings), "stages": {}}
+        fresh = {"settings": asdict(self.settings), "seconds": 0.0, "stages": {}}
         if not self.state_file.exists():
             if self.out.exists() and any(self.out.iterdir()):
                 raise ValueError(f"{self.out} is not empty and holds no earlier demo: choose another --out")
             return fresh
-        state = json.loads(self.state_file.read_text("utf-8"))
+        try:
+            state = json.loads(self.state_file.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.state_file} is damaged ({error}): choose another --out") from error
         if state["settings"] != fresh["settings"]:
             differing = {key: value for key, value in state["settings"].items() if fresh["settings"].get(key) != value}
             raise ValueError(
@@ -99,20 +105,24 @@ class Demo:
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         self.state["stages"][stage] = result
+        self.state["seconds"] = time.monotonic() - self.started
         write_atomically(self.state_file, json.dumps(self.state, indent=2))
 
     def done(self, stage: str) -> dict[str, Any] | None:
         result = self.state["stages"].get(stage)
+        published = stage in (*VARIANTS, "tokenizer", "lora")
+        if result is not None and published and not (self.out / stage).is_dir():
+            console.print(f"{stage} was finished in an earlier run, but its folder is gone: made again")
+            return None
         if result is not None:
             console.print(f"[green]skipped[/] {stage}: finished in an earlier run")
         return result
 
     def run(self) -> dict[str, Any]:
         """Runs all stages and returns the report's figures."""
-        started = time.monotonic()
         # Read and split before anything is written, so that a bad corpus leaves no trace.
         self.train_texts, self.held_out_texts = split_corpus(load_corpus(self.settings.corpus))
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.other_texts = other_kind_of_text(self.train_texts, self.held_out_texts)
         characters = sum(len(document.text) for document in self.train_texts)
         console.print(
             f"corpus: {len(self.train_texts)} documents to train on ({characters:,} characters), "
@@ -127,7 +137,7 @@ class Demo:
         lora = self.tune()
         texts = self.visit_as_stranger()
         report = {"baselines": baselines, "variants": variants, "lora": lora}
-        return write_report(self.out, report, texts, asdict(self.settings), time.monotonic() - started)
+        return write_report(self.out, report, texts, asdict(self.settings), self.state["seconds"])
 
     def make_tokenizer(self) -> MiniLLMTokenizer:
         folder = self.out / "tokenizer"
@@ -140,7 +150,9 @@ class Demo:
             if taken >= TOKENIZER_CHARACTERS:
                 break
         console.print(f"training a byte-level BPE tokenizer of {self.settings.vocab_size} tokens ...")
-        tokenizer = MiniLLMTokenizer.train_from_iterator(texts, vocab_size=self.settings.vocab_size)
+        tokenizer = MiniLLMTokenizer.train_from_iterator(
+            texts, vocab_size=self.settings.vocab_size, show_progress=console.is_terminal
+        )
         with replaced_folder(folder) as partial:
             tokenizer.save_pretrained(partial)
         self.finish("tokenizer", {"tokens": len(tokenizer)})
@@ -185,10 +197,15 @@ class Demo:
         """Two threads on a busy machine are far slower than one: measures, rather than believes."""
         if self.device == "cuda" or all(name in self.state["stages"] for name in (*VARIANTS, "lora")):
             return
+        if "threads" in self.state["stages"]:
+            # Sums of another number of threads are rounded otherwise: a resumed run goes on as it began.
+            torch.set_num_threads(self.state["stages"]["threads"]["count"])
+            return
         model, collator = self.new_model({}), self.collator("causal")
         batch = collator(self.held_out_rows(collator)[:BATCH_SIZE])
         threads, seconds = fastest_thread_count(lambda: model(**batch).loss.backward())
         torch.set_num_threads(threads)
+        self.finish("threads", {"count": threads})
         console.print(f"{threads} thread{'s' if threads > 1 else ''}: {seconds:.2f} s for a forward and backward pass")
 
     def new_model(self, fields: dict[str, Any]) -> MiniLLMForCausalLM:
@@ -250,10 +267,10 @@ class Demo:
         )
         # Its own printer writes a dictionary a step into the progress bar.
         trainer.pop_callback(next(cb for cb in trainer.callback_handler.callbacks if "Printer" in type(cb).__name__))
-        checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
-        if checkpoint:
-            console.print(f"{name}: going on from {Path(checkpoint).name}")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoint = last_complete_checkpoint(folder)
+        if checkpoint is not None:
+            console.print(f"{name}: going on from {checkpoint.name}")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
     def publish(self, name: str, model: MiniLLMForCausalLM) -> None:
@@ -262,14 +279,14 @@ class Demo:
             self.tokenizer.save_pretrained(partial)
 
     def tune(self) -> dict[str, Any]:
-        """LoRA on docstring prose: the causal model before and after, on held-out prose."""
+        """LoRA on text of another kind: the causal model before and after, on held-out text of that kind."""
         if (result := self.done("lora")) is not None:
             return result
         steps = self.lora_steps
         collator = self.collator("causal")
-        rows = pack_dataset(self.sample(docstring_prose(self.train_texts), steps * BATCH_SIZE), collator)
-        held_out = self.sample(docstring_prose(self.held_out_texts), HELD_OUT_ROWS)
-        held_out = self.held_out_rows(collator, held_out)
+        text, train_texts, held_out_texts = self.other_texts
+        rows = pack_dataset(self.sample(train_texts, steps * BATCH_SIZE), collator)
+        held_out = self.held_out_rows(collator, self.sample(held_out_texts, HELD_OUT_ROWS))
         base = MiniLLMForCausalLM.from_pretrained(self.out / "causal").to(self.device)
         before = perplexity(base, held_out, collator)
         set_seed(self.settings.seed)
@@ -283,18 +300,22 @@ class Demo:
         after = perplexity(merged, held_out, collator)
         self.publish("lora", merged)
         result = {
+            "text": text,
             "perplexity_before": before.perplexity,
             "perplexity_after": after.perplexity,
             "tokens": after.num_tokens,
             "curve": curve,
         }
         self.finish("lora", result)
-        console.print(f"[bold]lora[/]: perplexity on prose {before.perplexity:.2f} -> {after.perplexity:.2f}")
+        console.print(f"[bold]lora[/]: perplexity on {text} {before.perplexity:.2f} -> {after.perplexity:.2f}")
         return result
 
-    def visit_as_stranger(self) -> dict[str, str]:
+    def visit_as_stranger(self) -> dict[str, list[str]]:
         """Text from every published model, generated by a process that cannot import MiniLLM."""
-        folders = [str((self.out / name).resolve()) for name in (*VARIANTS, "lora")]
+        if (result := self.done("texts")) is not None:
+            return result
+        names = (*VARIANTS, "lora")
+        folders = [str((self.out / name).resolve()) for name in names]
         with tempfile.TemporaryDirectory() as modules:
             done = subprocess.run(
                 [sys.executable, str(Path(__file__).with_name("stranger_process.py")), json.dumps(PROMPTS), *folders],
@@ -304,6 +325,23 @@ class Demo:
                 check=False,
             )
         if done.returncode != 0:
-            raise ValueError(f"the published models do not load without MiniLLM:\n{done.stderr[-2000:]}")
-        console.print("loaded and generated in a process without MiniLLM: " + ", ".join((*VARIANTS, "lora")))
-        return dict(zip((*VARIANTS, "lora"), json.loads(done.stdout.splitlines()[-1]), strict=True))
+            raise ValueError(f"the published models do not load without MiniLLM: {done.stderr.strip()[-500:]}")
+        console.print("loaded and generated in a process without MiniLLM: " + ", ".join(names))
+        texts = dict(zip(names, json.loads(done.stdout.splitlines()[-1]), strict=True))
+        self.finish("texts", texts)
+        return texts
+
+
+def other_kind_of_text(
+    train: list[TextDocument], held_out: list[TextDocument]
+) -> tuple[str, list[TextDocument], list[TextDocument]]:
+    """What the fine-tune learns, in words, to train on and held out: the docstrings of Python sources; for any other
+    corpus its lines backwards."""
+    try:
+        return "docstring prose", docstring_prose(train), docstring_prose(held_out)
+    except CorpusError:
+        return "lines backwards", [backwards(document) for document in train], [backwards(doc) for doc in held_out]
+
+
+def backwards(document: TextDocument) -> TextDocument:
+    return document._replace(text="\n".join(line[::-1] for line in document.text.split("\n")))

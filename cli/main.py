@@ -60,7 +60,11 @@ def train_tokenizer(
         require_free(out)
         texts = [document.text for path in files for document in load_corpus(path)]
         tokenizer = MiniLLMTokenizer.train_from_iterator(
-            texts, vocab_size=vocab_size, model=model.value, length=len(texts)
+            texts,
+            vocab_size=vocab_size,
+            model=model.value,
+            length=len(texts),
+            show_progress=console.is_terminal,
         )
         with replaced_folder(out) as partial:
             tokenizer.save_pretrained(partial)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from minillm.cli.console import console, write_atomically
+from minillm.cli.console import console, say, write_atomically
 
 
 def write_report(
@@ -28,7 +28,7 @@ def write_report(
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {out / 'report.md'}")
+    say(f"report: {out / 'report.md'}")
     return figures
 
 
@@ -65,7 +65,7 @@ def markdown(
     lines = [
         "# MiniLLM demo",
         "",
-        f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}. This run took {seconds:.0f} s.",
+        f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}. It took {seconds:.0f} s.",
         "",
         "| model | held-out perplexity | tokens scored |",
         "|---|---|---|",
@@ -74,7 +74,7 @@ def markdown(
         "A prefix model sees its prefix in both directions, so only tokens after the prefix are scored; the baselines",
         "beside it score the same tokens.",
         "",
-        f"LoRA on docstring prose takes the causal model's perplexity on held-out prose from "
+        f"LoRA on {lora['text']} takes the causal model's perplexity on held-out text of that kind from "
         f"{lora['perplexity_before']:.2f} to {lora['perplexity_after']:.2f} ({lora['tokens']:,} tokens).",
         "",
         "![training loss](loss.png)",
