@@ -65,8 +65,9 @@ def in_fresh_process(code: str) -> str:
 
 def test_import_is_light():
     code = (
-        "import minillm, sys; print(sorted(name for name in "
-        "('peft', 'datasets', 'matplotlib', 'trl', 'lm_eval', 'rich', 'typer') if name in sys.modules))"
+        "import sys; from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; before = set(sys.modules)\n"
+        "import minillm; print(sorted({'peft', 'datasets', 'matplotlib', 'trl', 'lm_eval', 'rich', 'typer'} & "
+        "(set(sys.modules) - before)))"
     )
     assert in_fresh_process(code) == "[]"
 
