@@ -50,10 +50,12 @@ def one_line_errors(resumes: bool = False) -> Iterator[None]:
     Args:
         resumes: the same command, given again after an interruption, goes on with what was saved.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         with quiet_libraries():
             yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         fail(error)
     except KeyboardInterrupt:
         hint = ": what was saved stays; the same command goes on from there" if resumes else ""

@@ -1,0 +1,246 @@
+"""The `minillm` command: starting it, looking at models, making tokenizers, missing extras."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_cases import MIXED_TEXT, fail, invoke, python_source, save_small_model, succeed, tree
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import minillm
+from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.cli.console import EXTRAS
+from minillm.configuration.presets import PRESETS
+
+COMMANDS = ["demo", "tokenizer", "train", "generate", "export", "push", "presets", "info"]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Tables are not wrapped, so that their cells can be found."""
+    monkeypatch.setattr("minillm.cli.console.console._width", 400)
+
+
+def cells(line):
+    return [cell.strip() for cell in re.split("[│┃|]", line)[1:-1]]
+
+
+def test_the_module_and_the_console_script_are_the_command():
+    script = str(Path(sys.executable).with_name("minillm"))
+    told = subprocess.run([sys.executable, "-m", "minillm", "--help"], capture_output=True, text=True, check=True)
+    assert told.stderr == "" and "Usage: minillm" in told.stdout
+    assert all(re.search(rf"^\W*{name} ", told.stdout, re.MULTILINE) for name in COMMANDS)
+    version = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert version.stderr == "" and version.stdout == f"{minillm.__version__}\n"
+
+
+def test_an_error_of_the_real_command_is_one_line(tmp_path):
+    script = str(Path(sys.executable).with_name("minillm"))
+    done = subprocess.run([script, "info", "llama-3-8"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "llama-3-8b" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["generate"], ["train", "--max-steps", "0"], ["info", "a", "b"]])
+def test_wrong_usage_ends_with_two(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+def test_presets_lists_every_preset_with_its_parameters():
+    rows = [cells(line) for line in succeed("presets").splitlines() if "│" in line]
+    counted = {row[0]: row[1] for row in rows}
+    assert list(counted) == list(PRESETS)
+    for name in ("minillm-causal-10m", "minillm-prefix-10m", "minillm-alibi-10m"):
+        real = MiniLLMForCausalLM(MiniLLMConfig.from_preset(name))
+        unique = {parameter.data_ptr(): parameter.numel() for parameter in real.parameters()}
+        assert counted[name] == f"{sum(unique.values()):,}"
+    # Published sizes: "8.03B" on the model's own page, and arXiv 2302.13971, table 2 (6.7B).
+    assert counted["llama-3-8b"] == "8,030,261,248" and counted["llama-7b"] == "6,738,415,616"
+
+
+def test_info_says_what_a_folder_holds(tmp_path):
+    folder = save_small_model(tmp_path / "model", "prefix", num_key_value_heads=2)
+    told = succeed("info", folder)
+    rows = {row[0]: row[1:] for row in (cells(line) for line in told.splitlines()) if len(row) > 1}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert rows["parameters"] == [f"{model.num_parameters():,}"]
+    # Keys and values, 2 layers, 2 key/value heads of width 8, 2 bytes each.
+    assert rows["cache"][0].startswith("128 bytes per token")
+    assert "both directions" in rows["attention"][0] and "RoPE" in rows["positions"][0]
+    assert rows["sdpa"][:2] == ["yes", "yes"] and rows["eager"][:2] == ["yes", "yes"]
+    assert rows["flash_attention_2"][:2] == ["refused", "refused"] and "sdpa" in rows["flash_attention_2"][2]
+    assert rows["flex_attention"][0] == "forward only"
+    file = succeed("info", folder / "config.json")
+    assert [line for line in told.splitlines() if "│" in line] == [line for line in file.splitlines() if "│" in line]
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("minillm-causal-10m", ["causal", "RoPE", "rmsnorm", "multi-head", "11,014,400"]),
+        ("bloom-560m", ["ALiBi", "layernorm", "559,214,592"]),
+        ("gpt2", ["learned", "plain (MLP)", "gelu_new", "124,439,808"]),
+        ("llama-3-8b", ["grouped-query", "base 500000"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_info_says_what_a_preset_is(preset, words):
+    told = succeed("info", preset)
+    assert not [word for word in words if word not in told], told
+
+
+def test_info_counts_a_sliding_window_and_a_model_without_cache(tmp_path):
+    MiniLLMConfig(sliding_window=7, use_cache=False).save_pretrained(tmp_path)
+    told = succeed("info", tmp_path)
+    assert "window of 7 tokens" in told and re.search(r"cache\s+│\s+none", told)
+
+
+def test_info_refuses_what_is_no_minillm_model(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    assert "'llama'" in fail("info", tmp_path / "llama")
+    assert "minillm-causal-10m" in fail("info", "minillm-causal-11m")
+    assert "nowhere" in fail("info", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in fail("info", tmp_path / "empty")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{", "utf-8")
+    assert "broken.json" in fail("info", broken)
+    broken.write_text(json.dumps({"model_type": "minillm", "hiden_size": 8}), "utf-8")
+    assert "hidden_size" in fail("info", broken)
+
+
+@pytest.fixture
+def mixed_corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "english.txt").write_text("".join(python_source(seed) for seed in range(5)), "utf-8")
+    (folder / "deeper" / "mixed.md").write_text(MIXED_TEXT * 20, "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_bpe", "unigram", "wordpiece"])
+def test_tokenizer_train_makes_a_tokenizer_that_round_trips(kind, mixed_corpus, tmp_path):
+    out = tmp_path / "new" / "tokenizer"
+    told = succeed("tokenizer", "train", mixed_corpus, "--out", out, "--vocab-size", 400, "--model", kind)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert type(tokenizer) is minillm.MiniLLMTokenizer
+    assert told == f"{len(tokenizer)} tokens in {out}\n"
+    assert len(tokenizer) <= 400 and {".", "deeper"}.isdisjoint(tree(out))
+    # Word-piece puts blanks around every sign and Chinese character.
+    squeeze = (lambda text: "".join(text.split())) if kind == "wordpiece" else str
+    for text in (MIXED_TEXT, python_source(3)):
+        assert squeeze(tokenizer.decode(tokenizer(text)["input_ids"])) == squeeze(text)
+    # It has learned something: fewer tokens than bytes.
+    assert len(tokenizer(python_source(3))["input_ids"]) < 0.7 * len(python_source(3))
+
+
+def test_tokenizer_train_takes_several_files_and_learns_from_all(tmp_path):
+    for name, word in (("one", "abracadabra"), ("two", "hocuspocus")):
+        (tmp_path / name).write_text(f"{word} " * 50, "utf-8")
+    succeed("tokenizer", "train", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "t", "--vocab-size", 300)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert [len(tokenizer(word)["input_ids"]) for word in (" abracadabra", " hocuspocus")] == [1, 1]
+
+
+def bad_corpora(folder):
+    """Corpora that no command can use, with a word of the error that each must give."""
+    (folder / "empty").mkdir()
+    (folder / "binary").mkdir()
+    (folder / "binary" / "a.bin").write_bytes(b"\x00\x01\x02" * 50)
+    (folder / "latin.txt").write_bytes("größer".encode("latin-1"))
+    (folder / "blank.txt").write_text(" \n\n", "utf-8")
+    return {
+        "missing": "does not exist",
+        "empty": "holds no text",
+        "binary": "is binary",
+        "binary/a.bin": "is binary",
+        "latin.txt": "not UTF-8",
+        "blank.txt": "is empty",
+    }
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "binary", "binary/a.bin", "latin.txt", "blank.txt"])
+def test_tokenizer_train_refuses_a_bad_corpus_and_leaves_nothing(name, tmp_path):
+    word = bad_corpora(tmp_path)[name]
+    before = tree(tmp_path)
+    told = fail("tokenizer", "train", tmp_path / name, "--out", tmp_path / "new" / "out", "--vocab-size", 300)
+    assert word in told and name in told
+    assert tree(tmp_path) == before
+
+
+def test_tokenizer_train_names_an_unreadable_file(tmp_path, monkeypatch):
+    file = tmp_path / "secret.txt"
+    file.write_text("text", "utf-8")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # A permission bit would not stop the tests of a super-user.
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    told = fail("tokenizer", "train", file, "--out", tmp_path / "out", "--vocab-size", 300)
+    assert "secret.txt cannot be read: Permission denied" in told
+    assert tree(tmp_path) == ["secret.txt"]
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_bpe", "unigram", "wordpiece"])
+def test_tokenizer_train_refuses_a_vocabulary_that_is_too_small(kind, mixed_corpus, tmp_path):
+    out = tmp_path / "out"
+    told = fail("tokenizer", "train", mixed_corpus, "--out", out, "--vocab-size", 9, "--model", kind)
+    assert "vocab_size=9 is too small" in told and not out.exists()
+
+
+def test_a_folder_with_files_is_never_replaced(mixed_corpus, tmp_path):
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work", "utf-8")
+    file = tmp_path / "file"
+    file.write_text("text", "utf-8")
+    model = save_small_model(tmp_path / "model")
+    before = tree(tmp_path)
+    for target, word in ((out, "is not empty"), (file, "is a file")):
+        assert word in fail("tokenizer", "train", mixed_corpus, "--out", target, "--vocab-size", 300)
+        assert word in fail("export", model, target)
+        assert word in fail("train", "--model", model, "--data", mixed_corpus, "--out", target)
+    assert tree(tmp_path) == before and (out / "thesis.txt").read_text("utf-8") == "years of work"
+    shutil.rmtree(out)
+    out.mkdir()
+    succeed("tokenizer", "train", mixed_corpus, "--out", out, "--vocab-size", 300)
+    assert (out / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("missing", [("datasets", "matplotlib"), ("matplotlib",), ("datasets",)], ids="+".join)
+def test_demo_without_its_extras_prints_one_pip_line_and_does_nothing(missing, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name))
+    told = fail("demo", "--out", tmp_path / "demo")
+    assert told == f"error: {' and '.join(missing)} missing. Install: pip install 'minillm-hf[train]'"
+    assert tree(tmp_path) == []
+
+
+def test_extras_are_those_of_the_package():
+    from importlib.metadata import requires
+
+    for extra, names in EXTRAS.items():
+        listed = [line for line in requires("minillm-hf") if re.search(rf"extra == .{extra}.$", line)]
+        assert {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in listed} == set(names)
+
+
+def test_all_commands_but_the_demo_run_without_extras():
+    """Blocks the extras for a whole process, and imports what every command imports."""
+    code = (
+        "import sys\n"
+        f"for name in {sorted({name for names in EXTRAS.values() for name in names})}: sys.modules[name] = None\n"
+        "import minillm.cli.training_run, minillm.cli.generation_run, minillm.cli.publishing, minillm.cli.inspection\n"
+        "from typer.testing import CliRunner\nfrom minillm.cli.main import app\n"
+        "result = CliRunner().invoke(app, ['info', 'gpt2'])\nassert result.exit_code == 0, result.output\n"
+        "result = CliRunner().invoke(app, ['demo', '--out', '/nonexistent/demo'])\nprint(result.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("error: datasets and matplotlib missing. Install: pip install 'minillm-hf[train]'")

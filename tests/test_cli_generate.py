@@ -1,0 +1,118 @@
+"""`minillm generate` against `model.generate` called directly."""
+
+import pytest
+import torch
+from cli_cases import fail, save_small_model, succeed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+PROMPTS = ["def value_1(line):", "the reader returns", "class"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_small_model(root / name, name) for name in ("causal", "prefix", "alibi")}
+
+
+def directly(folder, prompts, **options):
+    """The texts of `model.generate` with a seed of 0, printed one after the other."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    set_seed(options.pop("seed", 0))
+    ids = model.generate(**inputs, **{"max_new_tokens": 12, "do_sample": False, **options})
+    return "".join(f"{text}\n" for text in tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def generate(folder, *arguments, stdin=None):
+    return succeed("generate", folder, *arguments, "--max-new-tokens", 12, stdin=stdin)
+
+
+@pytest.mark.parametrize("variant", ["causal", "prefix", "alibi"])
+def test_one_prompt_and_a_batch_equal_generate(variant, folders):
+    for prompts in (PROMPTS[:1], PROMPTS):
+        expected = directly(folders[variant], prompts)
+        assert generate(folders[variant], *prompts) == expected
+        assert all(prompt in expected for prompt in prompts)
+
+
+@pytest.mark.parametrize("variant", ["causal", "prefix"])
+def test_a_prompt_in_a_batch_is_continued_as_alone(variant, folders):
+    assert generate(folders[variant], *PROMPTS) == "".join(generate(folders[variant], prompt) for prompt in PROMPTS)
+
+
+def test_a_prefix_model_reads_its_prompt_in_both_directions(folders):
+    tokenizer = AutoTokenizer.from_pretrained(folders["prefix"])
+    model = AutoModelForCausalLM.from_pretrained(folders["prefix"])
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    length = ids.shape[1]
+    for _ in range(12):
+        mask = (torch.arange(ids.shape[1]) < length).long()[None]
+        ids = torch.cat([ids, model(ids, prefix_mask=mask).logits[:, -1:].argmax(-1)], 1)
+    assert generate(folders["prefix"], PROMPTS[0]) == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+
+
+def test_prompts_come_from_the_standard_input_line_by_line(folders):
+    told = generate(folders["causal"], stdin=f"{PROMPTS[0]}\n\n{PROMPTS[1]}\r\n{PROMPTS[2]}")
+    assert told == directly(folders["causal"], PROMPTS)
+
+
+@pytest.mark.parametrize("variant", ["causal", "prefix"])
+@pytest.mark.parametrize(
+    "sampling", [[], ["--temperature", 0.8, "--top-p", 0.9, "--seed", 3]], ids=["greedy", "sampled"]
+)
+def test_streaming_prints_the_same(variant, sampling, folders):
+    told = generate(folders[variant], PROMPTS[0], "--stream", *sampling)
+    assert told == generate(folders[variant], PROMPTS[0], *sampling)
+
+
+def test_sampling_follows_the_seed(folders):
+    arguments = (folders["causal"], *PROMPTS, "--temperature", 0.8, "--top-p", 0.9)
+    options = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+    told = {seed: generate(*arguments, "--seed", seed) for seed in (0, 1)}
+    assert told[0] != told[1] and told[0] == generate(*arguments)
+    for seed in (0, 1):
+        assert told[seed] == directly(folders["causal"], PROMPTS, seed=seed, **options)
+
+
+def test_beams_equal_generate(folders):
+    told = generate(folders["causal"], *PROMPTS, "--num-beams", 3)
+    assert told == directly(folders["causal"], PROMPTS, num_beams=3)
+    assert told != generate(folders["causal"], *PROMPTS)
+
+
+def test_text_is_printed_as_it_is(folders):
+    prompt = "\tif a[bold]: # :smile: [/] \\[x] http://a.b/" + "c" * 120
+    told = generate(folders["causal"], prompt)
+    assert told.startswith(prompt) and told == directly(folders["causal"], [prompt])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "words"),
+    [
+        (["a", "b", "--stream"], None, "--stream prints one prompt"),
+        (["a", "--stream", "--num-beams", "2"], None, "--stream prints one prompt"),
+        (["a", "--top-p", "0.9"], None, "--top-p 0.9 needs sampling: set --temperature above 0"),
+        ([], "", "no prompt"),
+        ([], "\n \n", "no prompt"),
+        (["a", ""], None, "no prompt"),
+    ],
+    ids=["stream-of-two", "stream-of-beams", "top-p-without-sampling", "no-prompt", "blank-lines", "empty-prompt"],
+)
+def test_contradictions_are_one_line(arguments, stdin, words, folders):
+    assert words in fail("generate", folders["causal"], *arguments, stdin=stdin)
+
+
+def test_what_is_no_model_is_one_line(folders, tmp_path):
+    assert "is no folder here" in fail("generate", tmp_path / "nowhere", "a")
+    assert "nowhere-at-all is no folder here" in fail("generate", "nowhere-at-all", "a")
+    (tmp_path / "empty").mkdir()
+    assert "holds no tokenizer" in fail("generate", tmp_path / "empty", "a")
+    damaged = save_small_model(tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "holds no model" in fail("generate", damaged, "a")
+    weights.unlink()
+    assert "model.safetensors" in fail("generate", damaged, "a")
+    (damaged / "tokenizer.json").write_text("{", "utf-8")
+    assert "tokenizer.json" in fail("generate", damaged, "a")
