@@ -348,8 +348,8 @@ class MiniLLMConfig(PreTrainedConfig):
             ),
             (
                 self.scale_residual_init and self.norm_placement == "deepnorm",
-                "`scale_residual_init=True` and `norm_placement='deepnorm'`: DeepNorm initialises these weights itself; "
-                "leave `scale_residual_init` out or set `deepnorm_beta`",
+                "`scale_residual_init=True` and `norm_placement='deepnorm'`: DeepNorm initialises these weights "
+                "itself; leave `scale_residual_init` out or set `deepnorm_beta`",
             ),
             (
                 self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,

@@ -9,6 +9,7 @@ FOREIGN_SPELLINGS = {
     "num_layers": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "n_heads": "num_attention_heads",
+    "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "multi_query_group_num": "num_key_value_heads",
     "multi_query": "num_key_value_heads",
@@ -40,6 +41,19 @@ FOREIGN_SPELLINGS = {
     "padded_vocab_size": "vocab_size",
     "block_position_encoding": "position_embedding_type",
     "is_causal": "attention_type",
+    # transformers' caches would read the first three, the model would not.
+    "layer_types": "sliding_window",
+    "attention_chunk_size": "sliding_window",
+    "num_kv_shared_layers": "num_key_value_heads",
+    "use_sliding_window": "sliding_window",
+    "window_size": "sliding_window",
+    "rope_base": "rope_parameters",
+    "rope_freq_base": "rope_parameters",
+    "rope_ratio": "rope_parameters",
+    "rotary_emb_base": "rope_parameters",
+    "rotary_base": "rope_parameters",
+    "rotary_pct": "rope_parameters",
+    "rotary_dim": "rope_parameters",
 }
 """Other libraries' names for our fields: converters know them, a MiniLLM config refuses them by name."""
 
@@ -47,7 +61,7 @@ KNOWN_EXTRA_KEYS = frozenset(
     "model_type auto_map num_labels output_attentions attn_implementation experts_implementation name_or_path "
     "torch_dtype quantization_config rope_theta rope_scaling partial_rotary_factor per_layer_config "
     "tie_last_hidden_states is_decoder gradient_checkpointing classifier_dropout tokenizer_class custom_pipelines "
-    "label_names token_classification_bias use_return_dict add_cross_attention cross_attention_hidden_size "
+    "label_names token_classification_bias add_cross_attention cross_attention_hidden_size "
     "max_length min_length do_sample early_stopping num_beams temperature top_k top_p typical_p "
     "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
     "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
