@@ -1,6 +1,9 @@
-"""A model's variant in words, for model cards and `minillm info`."""
+"""A model's variant in words and in drawings, for model cards, `minillm info` and the documentation."""
+
+import torch
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.masks import dense_mask, lay_out
 
 POSITIONS = {
     "rope": "rotary position embedding (RoPE)",
@@ -54,3 +57,26 @@ def describe(config: MiniLLMConfig) -> dict[str, str]:
         "size": f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.vocab_size} tokens",
         "length": f"made for {config.max_position_embeddings} tokens",
     }
+
+
+def draw_mask(
+    config: MiniLLMConfig,
+    length: int = 8,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    prefix_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> str:
+    """Draws who sees whom in one row of tokens: a line per token, `■` where it looks and `·` where it does not.
+
+    Args:
+        config: the variant.
+        length: number of tokens.
+        attention_mask, position_ids, prefix_mask, document_ids: [1, length], as for the model's forward.
+
+    Raises:
+        ValueError: what the forward would refuse.
+    """
+    tokens = torch.empty(1, length, 0)
+    layout = lay_out(config, tokens, attention_mask, position_ids, None, prefix_mask, document_ids, None)
+    return "\n".join(" ".join("■" if seen else "·" for seen in line) for line in dense_mask(layout)[0, 0].tolist())

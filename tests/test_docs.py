@@ -1,0 +1,60 @@
+"""The pages on variants and publishing: their code runs and their drawings are what the code draws."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import running_hub
+
+from minillm import MiniLLMConfig
+from minillm.description import draw_mask
+
+DOCS = Path(__file__).parent.parent / "docs"
+DRAWING = re.compile(r"<!-- mask: (\{[^\n]*\}) -->\n```text\n(.*?)```", re.S)
+DRAWINGS = DRAWING.findall((DOCS / "variants.md").read_text("utf-8"))
+PER_TOKEN = ("attention_mask", "prefix_mask", "document_ids")
+
+
+def drawn(settings: str) -> str:
+    fields = json.loads(settings)
+    inputs = {name: torch.tensor([[int(digit) for digit in fields.pop(name)]]) for name in PER_TOKEN if name in fields}
+    return draw_mask(MiniLLMConfig(**fields), 8, **inputs)
+
+
+@pytest.mark.parametrize(("settings", "drawing"), DRAWINGS, ids=[settings for settings, _ in DRAWINGS])
+def test_a_drawing_is_what_the_code_draws(settings, drawing):
+    assert drawing == drawn(settings) + "\n", drawn(settings)
+
+
+def test_all_drawings_are_checked_and_differ():
+    assert len({drawing for _, drawing in DRAWINGS}) == (DOCS / "variants.md").read_text("utf-8").count("■\n```")
+
+
+def test_a_drawing_can_be_checked_by_hand():
+    config = MiniLLMConfig(attention_type="prefix", sliding_window=2)
+    assert draw_mask(config, 4, prefix_mask=torch.tensor([[1, 1, 1, 0]])) == "■ ■ ■ ·\n■ ■ ■ ·\n■ ■ ■ ·\n· · ■ ■"
+
+
+@pytest.mark.parametrize("page", ["variants", "publishing"])
+def test_the_code_of_a_page_runs(page, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text("utf-8"), re.M | re.S)
+    assert blocks
+    with running_hub(tmp_path / "hub") as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join(blocks)],
+            cwd=tmp_path,
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    if page == "publishing":
+        shown = re.search(r"<!-- files -->\n```text\n(.*?)\n```", (DOCS / "publishing.md").read_text("utf-8"), re.S)[1]
+        for folder in ("my-model", "my-merged-model"):
+            assert sorted(path.name for path in (tmp_path / folder).iterdir()) == shown.splitlines()
