@@ -229,6 +229,8 @@ class Demo:
         rows = pack_dataset(self.train_samples, collator)
         model = self.new_model(fields)
         curve = self.train(name, model, rows, collator, self.settings.steps, learning_rate=4e-3)
+        # A collator of its own: that of the training draws the prefixes of its last epoch by now.
+        collator = self.collator(name)
         score = perplexity(model, self.held_out_rows(collator), collator)
         self.publish(name, model)
         result = {"perplexity": score.perplexity, "tokens": score.num_tokens, "curve": curve}

@@ -1,6 +1,8 @@
 """`minillm train`: options from flags and a file, and the stock Trainer on them."""
 
+import contextlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -93,16 +95,14 @@ def read_value(name: str, value: Any, kind: Any) -> Any:
         return None
     if Path in kinds and isinstance(value, (str, Path)):
         return Path(value)
-    if float in kinds and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            # YAML reads 1e-3 as a string.
+    if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
+        # YAML reads 1e-3 as a string.
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            value = None
     if type(value) not in kinds:
         names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"the option {name} must be {names}, not {value!r}")
-    if name in LOWEST and value is not None and value < LOWEST[name]:
+    if name in LOWEST and not LOWEST[name] <= value < math.inf:
         raise ValueError(f"the option {name} is {value}; it must be at least {LOWEST[name]}")
     return value
 
@@ -179,6 +179,8 @@ def read_answer_line(line: str, number: int, tokenizer: Any) -> dict[str, list[i
             )
         except (TemplateError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"line {number} holds no messages that can be read: {one_line(error)}") from error
+        if not any(encoded["assistant_masks"]):
+            raise ValueError(f"line {number}: no message of the assistant to learn")
         return {"input_ids": encoded["input_ids"], "assistant_masks": encoded["assistant_masks"]}
     if not isinstance(record, dict) or not {"prompt", "completion"} <= set(record):
         found = f"has the keys {sorted(record)}" if isinstance(record, dict) else f"holds {record!r:.40}"
@@ -266,6 +268,7 @@ def run(options: TrainOptions) -> None:
     with replaced_folder(options.out) as partial:
         trainer.model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    score = perplexity(trainer.model, held_out_rows, collator)
+    # A collator of its own: that of the training draws prefixes of its last epoch by now.
+    score = perplexity(trainer.model, held_out_rows, build_collator(objective, tokenizer, options, model.config))
     say(f"held-out perplexity {score.perplexity:.2f} on {score.num_tokens:,} tokens")
     say(f"written: {options.out} (checkpoints: {checkpoints})")

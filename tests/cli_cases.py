@@ -1,5 +1,6 @@
 """The `minillm` command inside the test process, on tiny models and made-up Python sources."""
 
+import json
 import random
 
 import torch
@@ -67,6 +68,24 @@ def write_corpus(folder, files=30):
     for number in range(files):
         (folder / f"module_{number}.py").write_text(python_source(number), "utf-8")
     return folder
+
+
+def answer_lines(form, count):
+    """Questions with answers as prompts and completions, or as messages."""
+    for number in range(count):
+        question, answer = f"{number} plus 1 is", f" {number + 1}.\u2028"
+        if form == "prompts":
+            yield {"prompt": question, "completion": answer}
+        else:
+            turns = [("user", question), ("assistant", answer)]
+            yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def write_answers(path, form, count=40):
+    # Unescaped, so that a line separator of Unicode stands in the file as it is.
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answer_lines(form, count)]
+    path.write_text("".join(lines), "utf-8")
+    return path
 
 
 def small_tokenizer(vocab_size=320):

@@ -1,0 +1,259 @@
+"""`minillm train`: every objective, LoRA, options from files, going on after an interruption, and what it refuses."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+import yaml
+from cli_cases import (
+    assert_same_weights,
+    fail,
+    invoke,
+    save_small_model,
+    small_tokenizer,
+    succeed,
+    tree,
+    weights,
+    write_answers,
+    write_corpus,
+)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from minillm.configuration.presets import PRESETS, Preset
+from minillm.evaluation import perplexity
+from minillm.training import (
+    DataCollatorForCausalLM,
+    DataCollatorForPrefixLM,
+    load_corpus,
+    pack_dataset,
+    split_corpus,
+    tokenize_documents,
+)
+
+SHORT = ("--max-steps", 6, "--batch-size", 4)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    folders = {name: save_small_model(root / name, name) for name in ("causal", "prefix")}
+    small_tokenizer().save_pretrained(root / "tokenizer")
+    return folders | {"tokenizer": root / "tokenizer"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus", files=12)
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "made up", fields))
+    monkeypatch.setitem(PRESETS, "tiny-prefix", Preset("tiny", "made up", fields | {"attention_type": "prefix"}))
+    return "tiny"
+
+
+def losses(told):
+    return [float(loss) for loss in re.findall(r"loss ([\d.]+)", told)]
+
+
+def reported_perplexity(told):
+    value, tokens = re.search(r"held-out perplexity ([\d.]+) on ([\d,]+) tokens", told).groups()
+    return float(value), int(tokens.replace(",", ""))
+
+
+def held_out_score(folder, corpus, collator_class, length=64, seed=0):
+    """The perplexity of a saved model on the held-out documents, each row in a batch of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    collator = collator_class(tokenizer, max_length=length, seed=seed)
+    rows = pack_dataset(tokenize_documents(split_corpus(load_corpus(corpus))[1], tokenizer), collator)
+    return perplexity(AutoModelForCausalLM.from_pretrained(folder), rows, collator, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "collator"),
+    [("tiny", DataCollatorForCausalLM), ("tiny-prefix", DataCollatorForPrefixLM)],
+    ids=["causal", "prefix"],
+)
+def test_pre_training_from_a_preset(preset, collator, tiny_preset, models, corpus, tmp_path):
+    out = tmp_path / "out"
+    options = ("--tokenizer", models["tokenizer"], "--max-steps", 30, "--batch-size", 4, "--learning-rate", 0.01)
+    told = succeed("train", "--preset", preset, "--data", corpus, "--out", out, *options)
+    found = losses(told)
+    assert len(found) == 30 and found[0] == pytest.approx(math.log(320), abs=0.3)
+    assert sum(found[-5:]) / 5 < found[0] - 1.5
+    assert f"objective {'prefix' if 'prefix' in preset else 'causal'}" in told
+    score = held_out_score(out, corpus, collator)
+    assert reported_perplexity(told) == (pytest.approx(score.perplexity, abs=0.006), score.num_tokens)
+    config = AutoModelForCausalLM.from_pretrained(out).config
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert config.attention_type == ("prefix" if "prefix" in preset else "causal")
+    assert [config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id] == [320, 1, 2, 0]
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == [1, 2, 0]
+    assert not [path for path in tree(out) if path.endswith((".bin", ".pt", ".pkl"))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-checkpoints"]
+
+
+def test_the_real_preset_trains_and_length_is_the_presets(models, corpus, tmp_path):
+    options = ("--tokenizer", models["tokenizer"], "--max-steps", 1, "--batch-size", 1, "--max-length", 48)
+    told = succeed("train", "--preset", "minillm-causal-10m", "--data", corpus, "--out", tmp_path / "out", *options)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.max_position_embeddings == 48 and config.num_hidden_layers == 8
+    assert losses(told)[0] == pytest.approx(math.log(320), abs=0.3)
+
+
+def test_continued_training_starts_where_the_model_stood(models, corpus, tmp_path):
+    arguments = ("--data", corpus, "--seed", 3, *SHORT)
+    succeed("train", "--model", models["causal"], "--out", tmp_path / "a", *arguments, "--learning-rate", 0)
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (models["causal"], tmp_path / "a"))
+    assert_same_weights(weights(before), weights(after))
+    told = succeed("train", "--model", models["causal"], "--out", tmp_path / "b", *arguments)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert not torch.equal(weights(before)["lm_head.weight"], weights(after)["lm_head.weight"])
+    # The warm-up's first step is at a rate of 0, so the first loss is that of the model as it was.
+    assert losses(told)[-1] < losses(told)[0]
+
+
+@pytest.mark.parametrize("variant", ["causal", "prefix"])
+@pytest.mark.parametrize("form", ["prompts", "messages"])
+def test_answers_only(variant, form, models, tmp_path):
+    data = write_answers(tmp_path / "data.jsonl", form)
+    out = tmp_path / "out"
+    told = succeed("train", "--model", models[variant], "--data", data, "--objective", "sft", "--out", out, *SHORT)
+    tokenizer = AutoTokenizer.from_pretrained(models[variant])
+    model = AutoModelForCausalLM.from_pretrained(out)
+    # The last 2 of 40 samples are held out; by hand, one at a time.
+    nll, count = 0.0, 0
+    for number in (38, 39):
+        question, answer = f"{number} plus 1 is", f" {number + 1}.\u2028"
+        if form == "messages":
+            question = f"<|user|>{question}<|assistant|>"
+        prompt = tokenizer(question)["input_ids"]
+        ids = torch.tensor([prompt + tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]])
+        mask = {"prefix_mask": (torch.arange(ids.shape[1]) < len(prompt)).long()[None]} if variant == "prefix" else {}
+        with torch.no_grad():
+            scores = model(ids, **mask).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        nll -= scores[len(prompt) - 1 :].sum().item()
+        count += ids.shape[1] - len(prompt)
+    assert reported_perplexity(told) == (pytest.approx(math.exp(nll / count), abs=0.006, rel=1e-5), count)
+    assert losses(told)[-1] < losses(told)[0]
+
+
+@pytest.mark.parametrize("variant", ["causal", "prefix"])
+def test_lora_writes_an_adapter_that_export_merges(variant, models, corpus, tmp_path):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    options = ("--lora", "--data", corpus, "--out", adapter, "--learning-rate", 0.05, *SHORT)
+    told = succeed("train", "--model", models[variant], *options)
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= set(tree(adapter))
+    assert "model.safetensors" not in tree(adapter)
+    succeed("export", models[variant], merged, "--adapter", adapter)
+    base = AutoModelForCausalLM.from_pretrained(models[variant])
+    before = weights(base)
+    expected = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    found = AutoModelForCausalLM.from_pretrained(merged)
+    assert_same_weights(weights(found), weights(expected))
+    changed = {name for name, tensor in weights(found).items() if not torch.equal(tensor, before[name])}
+    assert changed and all("_proj" in name for name in changed)
+    collator = DataCollatorForPrefixLM if variant == "prefix" else DataCollatorForCausalLM
+    score = held_out_score(merged, corpus, collator)
+    assert reported_perplexity(told)[0] == pytest.approx(score.perplexity, rel=1e-4)
+    assert score.nll < held_out_score(models[variant], corpus, collator).nll
+    # `generate` takes the adapter's folder as it is.
+    arguments = ("def value(line):", "--max-new-tokens", 8)
+    assert succeed("generate", adapter, *arguments) == succeed("generate", merged, *arguments)
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_options_from_a_file_and_flags_that_win(form, models, corpus, tmp_path):
+    options = {
+        "model": str(models["causal"]),
+        "data": str(corpus),
+        "out": str(tmp_path / "from-file"),
+        "max_steps": 2,
+        "batch_size": 4,
+        "lora": True,
+        "seed": 5,
+        "learning_rate": 1e-3,
+    }
+    text = json.dumps(options)
+    if form == "yaml":
+        # YAML 1.1 takes a number without a point for a string.
+        text = yaml.safe_dump(options).replace("0.001", "1e-3")
+        assert yaml.safe_load(text)["learning_rate"] == "1e-3"
+    file = tmp_path / f"options.{form}"
+    file.write_text(text, "utf-8")
+    succeed("train", "--config", file)
+    assert (tmp_path / "from-file" / "adapter_config.json").exists()
+    told = succeed("train", "--config", file, "--no-lora", "--max-steps", 3, "--out", tmp_path / "flags")
+    assert len(losses(told)) == 3
+    by_flags = ("--model", models["causal"], "--data", corpus, "--max-steps", 3, "--batch-size", 4, "--seed", 5)
+    same = succeed("train", *by_flags, "--learning-rate", 0.001, "--out", tmp_path / "same")
+    assert losses(same) == losses(told)
+    assert_same_weights(
+        *(weights(AutoModelForCausalLM.from_pretrained(tmp_path / name)) for name in ("flags", "same"))
+    )
+
+
+class Interruption(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupt_at(step, monkeypatch):
+    """Every later Trainer of the command is interrupted as by Ctrl-C once it has done so many steps."""
+    import minillm.cli.training_run as module
+
+    stock = module.Trainer
+
+    def interrupted(*arguments, callbacks, **keywords):
+        return stock(*arguments, callbacks=[*callbacks, Interruption(step)], **keywords)
+
+    monkeypatch.setattr(module, "Trainer", interrupted)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["whole", "lora"])
+def test_an_interrupted_run_goes_on_to_the_same_end(lora, models, corpus, tmp_path, monkeypatch):
+    arguments = ("train", "--model", models["prefix"], "--data", corpus, "--max-steps", 20, "--batch-size", 4, *lora)
+    whole = succeed(*arguments, "--out", tmp_path / "whole")
+    out = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        interrupt_at(10, patch)
+        result = invoke(*arguments, "--out", out)
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: what was saved stays; the same command goes on from there\n"
+    assert not out.exists()
+    checkpoints = tmp_path / "broken-checkpoints"
+    assert [path for path in tree(checkpoints) if "/" not in path] == ["checkpoint-8", "options.json"]
+    # A checkpoint that was cut off while it was written is left aside.
+    (checkpoints / "checkpoint-12").mkdir()
+    (checkpoints / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
+    told = succeed(*arguments, "--out", out)
+    assert f"going on from {checkpoints / 'checkpoint-8'}" in told
+    assert losses(told) == losses(whole)[8:]
+    assert reported_perplexity(told) == reported_perplexity(whole)
+    loaded = [weights(AutoModelForCausalLM.from_pretrained(folder)) for folder in (tmp_path / "whole", out)]
+    assert_same_weights(*loaded)
+
+
+def test_checkpoints_of_other_options_are_not_taken(models, corpus, tmp_path, monkeypatch):
+    arguments = ("train", "--model", models["causal"], "--data", corpus, "--out", tmp_path / "out", *SHORT)
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        assert invoke(*arguments).exit_code == 130
+    before = tree(tmp_path)
+    told = fail(*arguments, "--seed", 1)
+    assert "was begun with other options ({'seed': 0})" in told
+    assert tree(tmp_path) == before
+    foreign = tmp_path / "other-checkpoints"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("mine", "utf-8")
+    assert "is not empty" in fail(*arguments[:-6], "--out", tmp_path / "other", *SHORT)
+    assert tree(foreign) == ["mine.txt"]
