@@ -377,8 +377,10 @@ def build_attention_inputs(
     prefix_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     block_position_ids: torch.Tensor | None = None,
+    paged: bool = False,
 ) -> AttentionInputs:
-    """Turns the per-token inputs of a forward into what the layers need under the chosen back end.
+    """Turns the per-token inputs of a forward into what the layers need under the chosen back end; `paged` says that
+    a paged cache keeps the texts of a row apart.
 
     Raises:
         ValueError: for a wrong shape, a prefix that is none, decreasing documents, positions beyond a table, or a
@@ -396,7 +398,10 @@ def build_attention_inputs(
     )
     implementation, kind = config._attn_implementation, kind_of(config._attn_implementation)
     device = inputs_embeds.device.type
-    extra = ("documents",) if document_ids is not None else ()
+    # transformers' flash attention keeps documents apart by itself where positions restart, in a single row only.
+    alone = paged or (kind == "flash" and layout.batch == 1) or is_tracing(inputs_embeds)
+    is_packed = document_ids is not None or (layout.documents is not None and not alone)
+    extra = ("documents",) if is_packed else ()
     direction = "backward" if torch.is_grad_enabled() and inputs_embeds.requires_grad else "forward"
     if device != "meta":
         check(config, implementation, device, direction, extra)
@@ -433,8 +438,13 @@ def _custom_mask(
         if fact is not None:
             raise ValueError(f"`{name}` and a 4D `attention_mask` both say who sees whom: give one of them")
     if kind == "flex":
+        if mask.shape[1] != 1:
+            raise ValueError(
+                f"`attention_mask` has shape {list(mask.shape)}: flex attention takes one mask for all heads; "
+                "use 'sdpa' or 'eager'"
+            )
         if mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
-        return AttentionInputs(layout.position_ids, mask, bias)
+        return AttentionInputs(layout.position_ids, mask.expand(layout.batch, -1, -1, -1), bias)
     bias = None if bias is None else bias.dense()[..., : mask.shape[-1]]
     return AttentionInputs(layout.position_ids, combine(mask, bias, dtype), None)

@@ -124,6 +124,8 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The one gate of every way to choose a back end (argument, setter, config field)."""
+        # First of all, lest the user install, or download, a kernel that is refused in the end.
+        check(self.config, attn_implementation)
         chosen = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         check(self.config, chosen)
         return chosen
@@ -222,6 +224,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             prefix_mask,
             document_ids,
             block_position_ids,
+            paged,
         )
         hidden_states = self._embed(inputs_embeds, attention.position_ids, block_position_ids)
         position_embeddings = None
