@@ -19,6 +19,12 @@ errors = Console(stderr=True)
 EXTRAS = {"train": ("datasets", "matplotlib"), "eval": ("lm_eval",)}
 """Packages of an optional extra, by import name."""
 
+# The Trainer's: checkpoints are ordered by number, and a tied head stands under the embedding's name.
+REMARKS = (
+    "mtime may not be reliable",
+    "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
+)
+
 
 def say(text: object) -> None:
     """Prints a line as it is: no markup, no emoji codes, no breaks inside paths and addresses."""
@@ -70,12 +76,11 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging
 
     had_bars, had_hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    # It only says that checkpoints are ordered by number.
-    ordering = standard_logging.getLogger("transformers.trainer_utils")
-    level = ordering.level
+    loggers = [standard_logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        ordering.setLevel(standard_logging.ERROR)
+        for logger in loggers:
+            logger.addFilter(is_news)
         logging.disable_progress_bar()
         if had_hub_bars:
             # Downloads and uploads take long enough to be watched.
@@ -83,9 +88,15 @@ def quiet_libraries() -> Iterator[None]:
         try:
             yield
         finally:
-            ordering.setLevel(level)
+            for logger in loggers:
+                logger.removeFilter(is_news)
             if had_bars:
                 logging.enable_progress_bar()
+
+
+def is_news(record: standard_logging.LogRecord) -> bool:
+    """Whether a line of the log tells the user of a command anything."""
+    return not record.getMessage().startswith(REMARKS)
 
 
 def require_free(target: Path) -> None:

@@ -30,6 +30,7 @@ from minillm.training import (
     DataCollatorForPrefixLM,
     SetEpochCallback,
     TextDocument,
+    cut_document,
     docstring_prose,
     load_corpus,
     pack_dataset,
@@ -46,6 +47,7 @@ ARCHITECTURE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads
 BATCH_SIZE = 4
 LENGTH = 256
 TOKENIZER_CHARACTERS = 4_000_000
+SAMPLE_CHARACTERS = 2000
 HELD_OUT_ROWS = 160
 LORA_SHARE = 0.25
 PROMPTS = ("def ", "class ", "import ")
@@ -88,16 +90,19 @@ class Demo:
 
     def _read_state(self) -> dict[str, Any]:
         fresh = {"settings": asdict(self.settings), "seconds": 0.0, "stages": {}}
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out} is a file: choose another --out")
         if not self.state_file.exists():
             if self.out.exists() and any(self.out.iterdir()):
                 raise ValueError(f"{self.out} is not empty and holds no earlier demo: choose another --out")
             return fresh
         try:
             state = json.loads(self.state_file.read_text("utf-8"))
-        except ValueError as error:
+            begun, _ = state["settings"], state["stages"]
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self.state_file} is damaged ({error}): choose another --out") from error
-        if state["settings"] != fresh["settings"]:
-            differing = {key: value for key, value in state["settings"].items() if fresh["settings"].get(key) != value}
+        if begun != fresh["settings"]:
+            differing = {key: value for key, value in begun.items() if fresh["settings"].get(key) != value}
             raise ValueError(
                 f"{self.out} was begun with other settings ({differing}): repeat them, or choose another --out"
             )
@@ -159,11 +164,15 @@ class Demo:
         return tokenizer
 
     def sample(self, documents: list, rows: int) -> list[dict[str, list[int]]]:
-        """Tokenized documents, in an order that depends on the seed, enough to fill `rows` rows."""
-        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(self.settings.seed)).tolist()
+        """Tokenized parts of documents, in an order that depends on the seed, enough to fill `rows` rows.
+
+        Whole documents differ so much in length and kind that a few long tables of numbers could make up most of it.
+        """
+        parts = [part for document in documents for part in cut_document(document, SAMPLE_CHARACTERS)]
+        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(self.settings.seed)).tolist()
         samples, tokens = [], 0
         for index in order:
-            samples += tokenize_documents([documents[index]], self.tokenizer)
+            samples += tokenize_documents([parts[index]], self.tokenizer)
             tokens += len(samples[-1]["input_ids"])
             if tokens >= rows * LENGTH:
                 break

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import logging as standard_logging
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import minillm
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.cli.console import EXTRAS
+from minillm.cli.console import EXTRAS, one_line_errors
 from minillm.configuration.presets import PRESETS
 
 COMMANDS = ["demo", "tokenizer", "train", "generate", "export", "push", "presets", "info"]
@@ -244,3 +246,29 @@ def test_all_commands_but_the_demo_run_without_extras():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ("error: datasets and matplotlib missing. Install: pip install 'minillm-hf[train]'")
+
+
+def test_a_command_keeps_libraries_quiet_only_while_it_runs():
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    remark, warning = "mtime may not be reliable on this filesystem", "something is wrong"
+    loggers = [logging.get_logger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    hub_before = are_progress_bars_disabled()
+    for _ in range(2):
+        with one_line_errors():
+            assert not logging.is_progress_bar_enabled()
+            assert are_progress_bars_disabled() == hub_before
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.warn("old", FutureWarning, stacklevel=1)
+            assert seen == []
+            assert [logger.filter(record(text)) for logger in loggers for text in (remark, warning)] == [
+                False,
+                True,
+            ] * 2
+        assert logging.is_progress_bar_enabled() and are_progress_bars_disabled() == hub_before
+        assert all(logger.filter(record(remark)) for logger in loggers)
+
+
+def record(text):
+    return standard_logging.LogRecord("transformers", standard_logging.WARNING, "", 0, text, (), None)
