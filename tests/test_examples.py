@@ -1,0 +1,88 @@
+"""The examples, each run as a user runs it: they learn, and what they write loads."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_cases import tree, weights, write_corpus
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minillm.evaluation import perplexity
+from minillm.training import DataCollatorForSFT
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PAGE = EXAMPLES.parent / "docs" / "training.md"
+
+
+def run_example(name, *arguments, folder):
+    command = [sys.executable, str(EXAMPLES / name), *(str(argument) for argument in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(told):
+    return [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", told)]
+
+
+@pytest.fixture(scope="module", params=["prefix", pytest.param("causal", marks=pytest.mark.slow)])
+def runs(request, tmp_path_factory):
+    """A variant pre-trained by the first example and tuned by the second, with what both printed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    corpus = write_corpus(folder / "corpus", files=20)
+    options = ("--corpus", corpus, "--steps", 40, "--length", 64, "--hidden-size", 32)
+    told = run_example("pretrain.py", "--variant", request.param, *options, "--out", "base", folder=folder)
+    tuned = run_example("sft_lora.py", "base", "--steps", 40, "--samples", 120, "--out", "tuned", folder=folder)
+    return request.param, folder, told, tuned
+
+
+def test_pretraining_learns_and_its_folder_loads(runs):
+    variant, folder, told, _ = runs
+    assert len(losses(told)) == 20 and losses(told)[-1] < losses(told)[0] - 1.5
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    assert model.config.attention_type == variant and model.config.hidden_size == 32
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "base"))
+    assert sorted(path.name for path in folder.iterdir()) == ["base", "corpus", "tuned"]
+    score = float(re.search(r"held-out perplexity ([\d.]+) on \d+ tokens", told)[1])
+    assert score < model.config.vocab_size / 4
+    assert not [name for name in tree(folder) if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_tuning_learns_answers_and_the_merged_model_equals_the_adapter(runs):
+    variant, folder, _, told = runs
+    assert losses(told)[-1] < losses(told)[0]
+    found = re.search(r"perplexity of answers ([\d.]+) -> ([\d.]+)", told)
+    assert float(found[2]) < 0.7 * float(found[1])
+    assert sorted(path.name for path in (folder / "tuned").iterdir()) == ["adapter", "merged"]
+    merged = AutoModelForCausalLM.from_pretrained(folder / "tuned" / "merged").eval()
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    adapted = PeftModel.from_pretrained(base, folder / "tuned" / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tuned" / "merged")
+    turns = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "3 letters"}]
+    sample = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    collator = DataCollatorForSFT(tokenizer, max_length=64, prompt_is_prefix=variant == "prefix")
+    scores = [perplexity(model, [sample], collator) for model in (merged, adapted)]
+    assert scores[0].nll == pytest.approx(scores[1].nll, abs=1e-5)
+    # The answer and the end token; the prompt is not scored.
+    assert scores[0].num_tokens == len(tokenizer("3 letters")["input_ids"]) + 1
+    # The rows of the roles' tokens were trained, the others were not.
+    before = AutoModelForCausalLM.from_pretrained(folder / "base")
+    table, old = (weights(model)["model.embed_tokens.weight"] for model in (merged, before))
+    changed = (table != old).any(-1).nonzero().flatten().tolist()
+    assert changed == sorted(tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"]))
+    assert torch.equal(weights(merged)["lm_head.weight"], table)
+
+
+def test_examples_are_short_and_named_on_the_page():
+    page = PAGE.read_text("utf-8")
+    files = sorted(EXAMPLES.glob("*.py"))
+    assert [file.name for file in files] == ["pretrain.py", "sft_lora.py"]
+    for file in files:
+        text = file.read_text("utf-8")
+        assert len(text.splitlines()) <= 85 and f"examples/{file.name}" in page
+        assert ast.get_docstring(ast.parse(text))
