@@ -367,11 +367,15 @@ class MiniLLMConfig(PreTrainedConfig):
         )
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        """How each projection is cut over ranks, by module name; it follows `mlp_type`."""
+        """How each projection is cut over ranks, by module name; it follows `mlp_type` and `qk_norm`."""
         columns = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
         columns += ["mlp.gate_proj"] if self.mlp_type == "glu" else []
         plan = {f"layers.*.{name}": "colwise" for name in columns}
-        return plan | {f"layers.*.{name}": "rowwise" for name in ("self_attn.o_proj", "mlp.down_proj")}
+        plan |= {f"layers.*.{name}": "rowwise" for name in ("self_attn.o_proj", "mlp.down_proj")}
+        if self.qk_norm:
+            # One weight for all heads: a rank's gradient comes from its own heads only.
+            plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
+        return plan
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MiniLLMConfig":

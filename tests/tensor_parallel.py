@@ -1,0 +1,48 @@
+"""What each of two processes does in test_tensor_parallel.py: load each folder cut over the ranks, and run it."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers.integrations.flex_attention as stock
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AutoModelForCausalLM
+
+import minillm  # noqa: F401
+
+
+def uncompiled(query, key, value, training=False, **kwargs):
+    return flex_attention(query, key, value, **kwargs)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    inputs = torch.load(folder / "inputs.pt")
+    cut = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
+    found = {"cut": cut, "local": model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0]}
+    for back_end in ("sdpa", "eager", "flex_attention"):
+        model.set_attn_implementation(back_end)
+        with torch.no_grad():
+            found[back_end] = whole(model(**inputs, use_cache=False).logits)
+    model.set_attn_implementation("sdpa")
+    per_token = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    found["generated"] = model.generate(**per_token, max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    whole(model(**inputs, use_cache=False).logits).square().sum().backward()
+    found["gradients"] = {name: whole(weight.grad) for name, weight in model.named_parameters()}
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    stock.compile_friendly_flex_attention = uncompiled
+    root = Path(sys.argv[1])
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        torch.save(run(folder), root / f"{folder.name}.{os.environ['RANK']}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,117 @@
+"""`tp_plan="auto"` over two processes computes what one process does: each has half of the heads and of the
+feed-forward, and ALiBi's slopes must be those of its own heads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matrix_cases import rows
+from transformers import LlamaConfig, LlamaForCausalLM
+from variant_cases import SIZES, inputs_of, make_loud, model_of
+
+SCRIPT = Path(__file__).with_name("tensor_parallel.py")
+MASK = rows("1111111111", "0001111111")
+MODELS = {
+    "rope": ("causal_rope", {}),
+    "alibi": ("causal_alibi", {}),
+    "prefix_alibi": ("prefix_alibi", {}),
+    "gqa": ("causal_rope", {"num_key_value_heads": 2}),
+    "gqa_window": ("window_gqa", {}),
+    "gpt2": ("gpt2", {}),
+    "sandwich_bias": ("sandwich_bias", {}),
+    "norm_head_qk_norm": ("parallel_norm_head", {}),
+    "qk_layernorm_gqa": ("gpt2", {"qk_norm": True, "num_key_value_heads": 2}),
+    "tied": ("causal_rope", {"tie_word_embeddings": True}),
+    "deepnorm": ("deepnorm_geglu", {}),
+}
+pytestmark = pytest.mark.slow
+
+
+def build(name):
+    variant, fields = MODELS[name]
+    # Older transformers cut the head evenly or not at all.
+    return model_of(variant, vocab_size=20, **fields)
+
+
+def inputs_for(config):
+    return {**inputs_of(config, prefix_length=6), "attention_mask": MASK}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What either process found, by model: one launch serves all of them."""
+    root = tmp_path_factory.mktemp("tensor_parallel")
+    for name in MODELS:
+        model = build(name)
+        model.save_pretrained(root / name)
+        torch.save(inputs_for(model.config), root / name / "inputs.pt")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(SCRIPT), str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: [torch.load(root / f"{name}.{rank}.pt") for rank in (0, 1)] for name in MODELS}
+
+
+def close(got, expected, what):
+    scale = expected.abs().max().clamp(min=1.0)
+    assert (got - expected).abs().max() <= 1e-5 * scale, what
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_of_one_process(both, name):
+    model = build(name)
+    inputs = inputs_for(model.config)
+    real = MASK.bool()
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits
+    for rank, found in enumerate(both[name]):
+        for back_end in ("sdpa", "eager", "flex_attention"):
+            close(found[back_end][real], expected[real], f"{back_end}, rank {rank}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generated_tokens_equal_those_of_one_process(both, name):
+    model = build(name)
+    inputs = {key: value for key, value in inputs_for(model.config).items() if key in ("input_ids", "attention_mask")}
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    for found in both[name]:
+        assert torch.equal(found["generated"], expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_equal_those_of_one_process(both, name):
+    model = build(name)
+    model(**inputs_for(model.config), use_cache=False).logits.square().sum().backward()
+    largest = max(parameter.grad.abs().max() for parameter in model.parameters())
+    for found in both[name]:
+        for parameter_name, parameter in model.named_parameters():
+            difference = (found["gradients"][parameter_name] - parameter.grad).abs().max()
+            assert difference <= 1e-5 * largest, parameter_name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_projections_are_really_cut(both, name):
+    model = build(name)
+    expected = {
+        parameter
+        for parameter, _ in model.named_parameters()
+        if ".layers." in parameter and parameter.endswith(".weight") and "_proj" in parameter
+    }
+    for found in both[name]:
+        assert expected <= set(found["cut"])
+        assert found["local"] == model.config.num_attention_heads * model.config.head_dim // 2
+
+
+def test_the_plan_is_that_of_llama():
+    """The same styles for the modules that both have."""
+    sizes = {name: value for name, value in SIZES.items() if name in LlamaConfig.__dataclass_fields__}
+    stock = make_loud(LlamaForCausalLM(LlamaConfig(**sizes)))
+    assert build("rope").tp_plan == stock.tp_plan
