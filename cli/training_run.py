@@ -220,6 +220,7 @@ def go_on_from(checkpoints: Path, options: TrainOptions) -> str | None:
 
 
 def training_arguments(options: TrainOptions, checkpoints: Path) -> TrainingArguments:
+    """What the stock Trainer is told: a cosine schedule, and a checkpoint after each fifth of the steps."""
     learning_rate = options.learning_rate
     if learning_rate is None:
         learning_rate = 2e-3 if options.lora else 1e-3
