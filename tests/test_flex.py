@@ -239,18 +239,23 @@ FLASH_CASES = ("causal_rope", "causal_rope_gqa", "causal_learned", "window", "bi
 @pytest.mark.parametrize("case", FLASH_CASES)
 @pytest.mark.parametrize("back_end", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_equals_eager(back_end, case, layout):
-    """In bfloat16, the only kind of number that these kernels take: within its noise of eager in float32."""
+    """In bfloat16, the only kind of number that these kernels take: as near to float32 as eager in bfloat16 is."""
     pytest.importorskip("flash_attn" if back_end == "flash_attention_2" else "flash_attn_interface")
     exact = on_cuda(wide(case), "eager")
     inputs = to_cuda(batch(exact.config, layout))
     real = real_tokens(inputs)
-    logits, gradients = model_run(exact, inputs)
-    model = on_cuda(wide(case), back_end).bfloat16()
-    other_logits, other_gradients = model_run(model, inputs)
-    scale = logits[real].abs().max()
-    assert (other_logits.float() - logits)[real].abs().max() < 0.05 * scale
-    for name, gradient in gradients.items():
-        assert (other_gradients[name].float() - gradient).norm() < 0.1 * gradient.norm() + 1e-2, name
+
+    def run(model):
+        logits, gradients = model_run(model, inputs)
+        return {"logits": logits[real].float(), **{name: gradient.float() for name, gradient in gradients.items()}}
+
+    expected = run(exact)
+    rounded, got = (run(on_cuda(wide(case), name).bfloat16()) for name in ("eager", back_end))
+    largest = max(tensor.norm() for name, tensor in expected.items() if name != "logits")
+    for name, tensor in expected.items():
+        noise = (rounded[name] - tensor).norm()
+        assert noise < 0.2 * tensor.norm() + 0.01 * largest, f"{name}: too loud to tell anything"
+        assert (got[name] - tensor).norm() < 3 * noise + 0.01 * tensor.norm() + 0.001 * largest, name
 
 
 @pytest.mark.gpu
