@@ -10,6 +10,7 @@ from minillm.training.collators import (
 from minillm.training.corpus import (
     CorpusError,
     TextDocument,
+    cut_document,
     docstring_prose,
     load_corpus,
     split_corpus,
@@ -24,6 +25,7 @@ __all__ = [
     "DataCollatorForSFT",
     "SetEpochCallback",
     "TextDocument",
+    "cut_document",
     "docstring_prose",
     "load_corpus",
     "pack_dataset",

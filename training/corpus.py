@@ -70,7 +70,7 @@ def load_corpus(path: str | Path | None = None) -> list[TextDocument]:
     if not path.exists():
         raise FileNotFoundError(f"the corpus {path} does not exist")
     if path.is_file():
-        return _parts(path.name, _read_text(path))
+        return cut_document(TextDocument(path.name, _read_text(path)))
     return _folder(path)
 
 
@@ -112,17 +112,18 @@ def _read_text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _parts(name: str, text: str) -> list[TextDocument]:
+def cut_document(document: TextDocument, part_length: int = PART_LENGTH) -> list[TextDocument]:
+    """Cuts a document at line ends into parts of at least `part_length` characters, the last one excepted."""
     parts, part, length = [], [], 0
-    for line in text.splitlines(keepends=True):
+    for line in document.text.splitlines(keepends=True):
         part.append(line)
         length += len(line)
-        if length >= PART_LENGTH:
+        if length >= part_length:
             parts.append("".join(part))
             part, length = [], 0
     if part:
         parts.append("".join(part))
-    return [TextDocument(f"{name}#{number}", part) for number, part in enumerate(parts)]
+    return [TextDocument(f"{document.name}#{number}", part) for number, part in enumerate(parts)]
 
 
 def split_corpus(
