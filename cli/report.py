@@ -62,10 +62,11 @@ def markdown(
     settings: dict[str, Any],
     seconds: float,
 ) -> str:
+    named = {**settings, "corpus": settings["corpus"] or "Python's standard library"}
     lines = [
         "# MiniLLM demo",
         "",
-        f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}. It took {seconds:.0f} s.",
+        f"Settings: {', '.join(f'{key} {value}' for key, value in named.items())}. It took {seconds:.0f} s.",
         "",
         "| model | held-out perplexity | tokens scored |",
         "|---|---|---|",
