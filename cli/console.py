@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import logging as standard_logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,22 +109,6 @@ def require_free(target: Path) -> None:
             raise ValueError(f"{target} is not empty: remove it, or choose another folder")
     elif target.exists():
         raise ValueError(f"{target} is a file: choose another folder")
-
-
-@contextlib.contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `target` only when all of it is written."""
-    target = target.resolve()
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
 
 
 def write_atomically(path: Path, text: str) -> None:

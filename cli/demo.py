@@ -19,11 +19,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __version__
-from minillm.cli.console import console, replaced_folder, write_atomically
+from minillm.cli.console import console, write_atomically
 from minillm.cli.loading import last_complete_checkpoint
 from minillm.cli.progress import ProgressCallback, Schedule, fastest_thread_count
 from minillm.cli.report import write_report
 from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
+from minillm.hub import replaced_folder
 from minillm.training import (
     CorpusError,
     DataCollatorForCausalLM,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minillm.cli.console import console, one_line_errors, replaced_folder, require_extra, require_free, say
+from minillm.cli.console import console, one_line_errors, require_extra, require_free, say
 
 app = typer.Typer(
     help="Train, tune, run and publish MiniLLM models.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -54,6 +54,7 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer on text files."""
     with one_line_errors():
+        from minillm.hub import replaced_folder
         from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
         from minillm.training import load_corpus
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillm.cli.console import one_line, replaced_folder, require_free
+from minillm.cli.console import one_line, require_free
 from minillm.cli.loading import load_pretrained
+from minillm.hub import replaced_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -13,10 +13,11 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.cli.console import one_line, replaced_folder, require_free, say, write_atomically
+from minillm.cli.console import one_line, require_free, say, write_atomically
 from minillm.cli.loading import last_complete_checkpoint, load_pretrained
 from minillm.cli.progress import ProgressCallback
 from minillm.evaluation import perplexity
+from minillm.hub import replaced_folder
 from minillm.training import (
     DataCollatorForCausalLM,
     DataCollatorForPrefixLM,

@@ -5,11 +5,13 @@ Python files that define its classes, flat and importing one another relatively 
 an `auto_map` that names them all, a model card, and token ids that generation needs.
 """
 
+import contextlib
 import functools
 import importlib.util
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,22 @@ def exported_sources(modules: Iterable[str]) -> dict[str, str]:
 def write_sources(folder: Any, modules: Iterable[str]) -> None:
     for name, text in exported_sources(modules).items():
         (Path(folder) / name).write_text(text, "utf-8")
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `target` only when all of it is written."""
+    target = target.resolve()
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
 
 
 def model_card(model: MiniLLMPreTrainedModel) -> ModelCard:

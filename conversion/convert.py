@@ -1,0 +1,387 @@
+"""The verbs: `load` and `convert` bring a family's checkpoint in, `export` takes a MiniLLM out again.
+
+Names and shapes of all tensors are compared before any is read: every native tensor must be used once, and every
+tensor of MiniLLM filled.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.conversion.checkpoint import (
+    CONFIG_NAME,
+    MAX_SHARD_SIZE,
+    Checkpoint,
+    carry_over,
+    local_folder,
+    write_weights,
+)
+from minillm.conversion.families import BLOOM, FALCON, GLM, GPT2, LLAMA, MIXTRAL, MPT
+from minillm.conversion.family import ConversionError, Family, NameMapping
+from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
+from minillm.hub import CARD_NAME, complete_generation_config, model_card, replaced_folder
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        GPT2,
+        BLOOM,
+        LLAMA,
+        FALCON,
+        MPT,
+        BAICHUAN,
+        BAICHUAN2,
+        GLM_INFILLING,
+        GLM_130B,
+        CHATGLM,
+        CHATGLM2,
+        GLM,
+        MIXTRAL,
+    )
+}
+HEAD = "lm_head.weight"
+
+Step = tuple[tuple[str, ...], tuple[str, ...], Callable[[list[torch.Tensor]], list[torch.Tensor]]]
+Make = Callable[[str], torch.Tensor]
+Progress = Callable[[int, int], None]
+"""Called with the number of tensors done and the number of all."""
+
+
+def detect(raw: dict[str, Any]) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        ConversionError: none, or more than one, that it could be.
+    """
+    kind = raw.get("model_type")
+    same_type = [family for family in FAMILIES.values() if family.model_type == kind]
+    found = [family for family in same_type if family.matches is None or family.matches(raw)]
+    if len(found) == 1:
+        return found[0]
+    if same_type:
+        names = " or ".join(repr(family.name) for family in same_type)
+        raise ConversionError(f"`model_type={kind!r}`: the config does not tell which family; say `family={names}`")
+    known = ", ".join(sorted({family.model_type for family in FAMILIES.values()}))
+    raise ConversionError(f"`model_type={kind!r}` in {CONFIG_NAME} is no family that can be converted; known: {known}")
+
+
+def family_of(name: str) -> Family:
+    """The family called `name`. ConversionError lists them all if there is none."""
+    if name not in FAMILIES:
+        raise ConversionError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+class Rewriter:
+    """Makes the tensors of one naming from those of another, one rule at a time; each source is read once.
+
+    Args:
+        steps: (source names, target names, function from source tensors to target tensors).
+        read: gives a source tensor.
+        dtype: what floating-point tensors are cast to; None leaves them as they are.
+    """
+
+    def __init__(self, steps: Iterable[Step], read: Make, dtype: torch.dtype | None) -> None:
+        self.by_target = {name: step for step in steps for name in step[1]}
+        self.read, self.dtype = read, dtype
+        self.made: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The target tensor called `name`."""
+        if name not in self.made:
+            sources, targets, function = self.by_target[name]
+            self.made |= dict(zip(targets, function([self.read(source) for source in sources]), strict=True))
+        tensor = self.made.pop(name).contiguous()
+        if self.dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.dtype)
+        # A part of a fused tensor would keep all of it alive.
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+class Plan:
+    """How a family's checkpoint becomes a MiniLLM; everything is checked before a tensor is read.
+
+    Args:
+        checkpoint: where the tensors come from.
+        family: a family's name; None finds it in the config.
+        ignore_keys: config keys that the caller vouches for.
+        overrides: fields of `MiniLLMConfig` that replace what the family says.
+
+    Raises:
+        ConversionError: a key or tensor that is not understood, missing or of a wrong shape.
+    """
+
+    def __init__(
+        self, checkpoint: Any, family: str | None, ignore_keys: Iterable[str], overrides: dict[str, Any]
+    ) -> None:
+        raw = {key: value for key, value in checkpoint.config.items() if key not in set(ignore_keys)}
+        raw["_name_or_path"] = raw.get("_name_or_path") or checkpoint.folder.resolve().name
+        self.checkpoint = checkpoint
+        self.family = detect(raw) if family is None else family_of(family)
+        self.config = self.family.read_config(raw, overrides)
+        self.mappings, self.targets = self.family.mappings(self.config)
+        self.source_names = self._source_names()
+        self._check_tensors()
+
+    def _source_names(self) -> dict[str, str]:
+        """Canonical native name to the name in the files, which may lack the prefix of the base model."""
+        prefix = self.family.base_prefix
+        bare = prefix and not any(name.startswith(prefix) for name in self.checkpoint.names)
+        names = {prefix + name if bare and name != HEAD else name: name for name in self.checkpoint.names}
+        return {name: source for name, source in names.items() if not name.endswith(self.family.ignored_tensors)}
+
+    def _check_tensors(self) -> None:
+        wanted = {name for mapping in self.mappings for name in mapping.native}
+        found = set(self.source_names)
+        if self.config.tie_word_embeddings and HEAD in found - wanted:
+            self._check_tied_head()
+            found.remove(HEAD)
+        if missing := sorted(wanted - found):
+            raise ConversionError(f"the {self.family.name} checkpoint lacks {some(missing)}")
+        if unused := sorted(found - wanted):
+            raise ConversionError(f"the {self.family.name} checkpoint holds {some(unused)}, which no rule reads")
+        for mapping in self.mappings:
+            for name, tensor in native_shapes(mapping, self.targets, self.config).items():
+                shape = self.checkpoint.shapes[self.source_names[name]]
+                if shape != list(tensor.shape):
+                    raise ConversionError(
+                        f"`{name}` has shape {shape}; a {self.family.name} of this config has {list(tensor.shape)}"
+                    )
+
+    def _check_tied_head(self) -> None:
+        embedding = next(m.native[0] for m in self.mappings if m.minillm == ("model.embed_tokens.weight",))
+        if not torch.equal(*(self.checkpoint.tensor(self.source_names[name]) for name in (embedding, HEAD))):
+            raise ConversionError(
+                f"`{HEAD}` differs from `{embedding}`, but `tie_word_embeddings=True`: set `tie_word_embeddings=False`"
+            )
+
+    def rewriter(self, dtype: torch.dtype | None) -> Rewriter:
+        steps = (
+            (mapping.native, mapping.minillm, partial(mapping.transform.to_minillm, config=self.config))
+            for mapping in self.mappings
+        )
+        return Rewriter(steps, lambda name: self.checkpoint.tensor(self.source_names[name]), dtype)
+
+
+def native_shapes(
+    mapping: NameMapping, targets: dict[str, torch.Tensor], config: MiniLLMConfig
+) -> dict[str, torch.Tensor]:
+    """The native tensors of a rule, on the meta device."""
+    native = mapping.transform.to_native([targets[name] for name in mapping.minillm], config)
+    return dict(zip(mapping.native, native, strict=True))
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class LoadedCheckpoint:
+    """A native model in memory, as a checkpoint: what a GGUF file becomes by transformers' own reader."""
+
+    def __init__(self, file: Path) -> None:
+        self.folder = file.parent
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            self.tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except (ImportError, ValueError, OSError, KeyError) as error:
+            raise ConversionError(f"{file} cannot be read: {error}") from error
+        self.config = model.config.to_dict()
+        self.config.pop("quantization_config", None)
+        self.generation_config = model.generation_config
+        self.tensors = model.state_dict()
+        if model.config.tie_word_embeddings:
+            del self.tensors[HEAD]
+        self.shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        self.names = self.tensors.keys()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def carry_over(self, target: Path) -> None:
+        self.tokenizer.save_pretrained(target)
+        self.generation_config.save_pretrained(target)
+
+
+def open_checkpoint(source: str | Path, revision: str | None) -> Any:
+    if str(source).endswith(".gguf"):
+        if not Path(source).is_file():
+            raise ConversionError(f"{source} does not exist")
+        return LoadedCheckpoint(Path(source))
+    return Checkpoint(local_folder(source, revision))
+
+
+def load(
+    source: str | Path,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    ignore_keys: Iterable[str] = (),
+    **overrides: Any,
+) -> MiniLLMForCausalLM:
+    """Loads another family's checkpoint as a MiniLLM with equal logits.
+
+    Args:
+        source: a folder with `config.json` and weights (safetensors, or `.bin` holding nothing but tensors), a Hub
+            repository, or a `.gguf` file of a LLaMA.
+        family: a key of `FAMILIES`, where the config does not tell.
+        dtype: dtype of the weights; None keeps that of the checkpoint.
+        revision: branch, tag or commit of a repository.
+        ignore_keys: config keys that would be refused, and that do not change what the model computes.
+        overrides: fields of `MiniLLMConfig` to set otherwise, e.g. `alibi_rounding="none"`.
+
+    Raises:
+        ConversionError: the checkpoint is damaged or not understood; the message names the key, tensor or file.
+    """
+    plan = Plan(open_checkpoint(source, revision), family, ignore_keys, overrides)
+    make = plan.rewriter(dtype)
+    tensors = {name: make(name) for name in plan.targets}
+    plan.config.dtype = kept = tensors["model.embed_tokens.weight"].dtype
+    model = MiniLLMForCausalLM.from_pretrained(None, config=plan.config, state_dict=tensors, dtype=kept)
+    settings = plan.checkpoint.folder / "generation_config.json"
+    if settings.is_file():
+        model.generation_config = GenerationConfig.from_pretrained(plan.checkpoint.folder)
+    return model
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    ignore_keys: Iterable[str] = (),
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> MiniLLMConfig:
+    """Writes a folder with the MiniLLM of another family's checkpoint: weights, config, code, tokenizer, model card.
+
+    Tensors are read and written one output shard at a time, so that memory holds no more than a shard and a layer. The
+    folder appears when it is complete; an interruption leaves nothing.
+
+    Args:
+        out: the folder; replaced if it exists.
+        max_shard_size: bytes, or e.g. `"2GB"`, of a weight file.
+        progress: told how many tensors of how many are written.
+        source, family, dtype, revision, ignore_keys, overrides: as for `load`.
+
+    Raises:
+        ConversionError: as `load`.
+    """
+    checkpoint = open_checkpoint(source, revision)
+    plan = Plan(checkpoint, family, ignore_keys, overrides)
+    make = counted(plan.rewriter(dtype), len(plan.targets), progress)
+    with replaced_folder(Path(out)) as folder:
+        kept = dtype or checkpoint.tensor(next(iter(checkpoint.names))).dtype
+        shapes = {name: tensor.to(kept) for name, tensor in plan.targets.items()}
+        kinds = write_weights(folder, shapes, make, max_shard_size)
+        plan.config.dtype = kinds["model.embed_tokens.weight"]
+        plan.config.architectures = [MiniLLMForCausalLM.__name__]
+        plan.config.save_pretrained(folder)
+        with torch.device("meta"):
+            model = MiniLLMForCausalLM(plan.config)
+        model_card(model).save(folder / CARD_NAME)
+        if isinstance(checkpoint, LoadedCheckpoint):
+            checkpoint.carry_over(folder)
+        else:
+            carry_over(checkpoint.folder, folder)
+        if not (folder / "generation_config.json").exists():
+            complete_generation_config(model)
+            model.generation_config.save_pretrained(folder)
+    return plan.config
+
+
+def counted(make: Make, total: int, progress: Progress | None) -> Make:
+    """`make`, telling `progress` after each tensor."""
+    if progress is None:
+        return make
+    done = 0
+
+    def made(name: str) -> torch.Tensor:
+        nonlocal done
+        tensor = make(name)
+        done += 1
+        progress(done, total)
+        return tensor
+
+    return made
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    family: str,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Writes a MiniLLM folder as a checkpoint of another family, where that family computes exactly the same.
+
+    Args:
+        source: a folder or Hub repository with a MiniLLM causal language model.
+        out: the folder; replaced if it exists.
+        family: a key of `FAMILIES`.
+        overrides: fields of the config to take otherwise, e.g. `hidden_dropout=0.0`.
+        dtype, max_shard_size, progress: as for `convert`.
+
+    Returns:
+        The native config.
+
+    Raises:
+        ConversionError: the family has no such model (each field in the way is named), or the folder is damaged.
+    """
+    target = family_of(family)
+    checkpoint = Checkpoint(local_folder(source))
+    if checkpoint.config.get("model_type") != MiniLLMConfig.model_type:
+        raise ConversionError(f"{source} holds a {checkpoint.config.get('model_type')!r} model, not a MiniLLM")
+    try:
+        config = MiniLLMConfig.from_dict({**checkpoint.config, **overrides})
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    native_config = target.write_config(config)
+    mappings, shapes = target.mappings(config)
+    check_minillm_tensors(checkpoint, shapes)
+    native = {}
+    for mapping in mappings:
+        native |= native_shapes(mapping, shapes, config)
+    steps = ((m.minillm, m.native, partial(m.transform.to_native, config=config)) for m in mappings)
+    make = counted(Rewriter(steps, checkpoint.tensor, dtype), len(native), progress)
+    with replaced_folder(Path(out)) as folder:
+        kept = dtype or checkpoint.tensor(next(iter(checkpoint.names))).dtype
+        shapes = {name: tensor.to(kept) for name, tensor in native.items()}
+        kinds = write_weights(folder, shapes, make, max_shard_size)
+        native_config["dtype"] = str(kinds[next(iter(native))]).removeprefix("torch.")
+        if target.defaults is None:
+            CONFIG_MAPPING[target.model_type].from_dict(native_config).save_pretrained(folder)
+        else:
+            (folder / CONFIG_NAME).write_text(json.dumps(native_config, indent=2) + "\n", "utf-8")
+        carry_over(checkpoint.folder, folder)
+    return native_config
+
+
+def check_minillm_tensors(checkpoint: Checkpoint, shapes: dict[str, torch.Tensor]) -> None:
+    """Compares names and shapes in a MiniLLM folder with what its config says. ConversionError where they differ."""
+    names = set(checkpoint.names)
+    if missing := sorted(set(shapes) - names):
+        raise ConversionError(f"{checkpoint.folder} lacks {some(missing)}")
+    if unused := sorted(names - set(shapes)):
+        raise ConversionError(f"{checkpoint.folder} holds {some(unused)}, which no causal language model has")
+    for name, tensor in shapes.items():
+        if checkpoint.shapes[name] != list(tensor.shape):
+            raise ConversionError(
+                f"`{name}` has shape {checkpoint.shapes[name]}; its config says {list(tensor.shape)}"
+            )
