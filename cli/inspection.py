@@ -1,10 +1,11 @@
 """`minillm presets` and `minillm info`: what models are, without loading weights."""
 
+import difflib
 from pathlib import Path
 
 import torch
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import AutoConfig
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
@@ -21,13 +22,30 @@ def count_parameters(config: MiniLLMConfig) -> int:
         return MiniLLMForCausalLM(config).num_parameters()
 
 
-def preset_table() -> Table:
-    """All presets with parameter counts and sources."""
-    table = Table("preset", "parameters", "what it is", "source")
-    for name, preset in PRESETS.items():
-        config = MiniLLMConfig.from_preset(name)
-        table.add_row(name, f"{count_parameters(config):,}", preset.description, preset.source)
-    return table
+def print_presets(family: str | None = None) -> None:
+    """Prints a table for each family: parameters, shape, and where the numbers come from.
+
+    Args:
+        family: only this one; all, if left out.
+
+    Raises:
+        ValueError: if no preset is of this family (the message lists them all).
+    """
+    families = list(dict.fromkeys(preset.family for preset in PRESETS.values()))
+    if family is not None and family not in families:
+        close = difflib.get_close_matches(family, families, 1)
+        hint = f" did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown family {family!r};{hint} available: {', '.join(families)}")
+    for chosen in families if family is None else [family]:
+        figures = [Column(head, no_wrap=True) for head in ("preset", "parameters", "layers x width")]
+        table = Table(*figures, "what it is (source)", title=chosen, title_justify="left")
+        for name, preset in PRESETS.items():
+            if preset.family == chosen:
+                config = MiniLLMConfig.from_preset(name)
+                shape = f"{config.num_hidden_layers} x {config.hidden_size}"
+                words = f"{preset.description} ({preset.source})"
+                table.add_row(name, f"{count_parameters(config):,}", shape, escape(words))
+        console.print(table)
 
 
 def find_config(name: str) -> MiniLLMConfig:

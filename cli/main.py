@@ -143,12 +143,14 @@ def push(
 
 
 @app.command()
-def presets() -> None:
+def presets(
+    family: Annotated[str | None, typer.Argument(help="only this family, e.g. llama; left out: all")] = None,
+) -> None:
     """List the named architectures with their parameter counts."""
     with one_line_errors():
-        from minillm.cli.inspection import preset_table
+        from minillm.cli.inspection import print_presets
 
-        console.print(preset_table())
+        print_presets(family)
 
 
 @app.command()

@@ -54,16 +54,41 @@ def test_wrong_usage_ends_with_two(arguments):
     assert result.exit_code == 2 and "Traceback" not in result.output
 
 
-def test_presets_lists_every_preset_with_its_parameters():
-    rows = [cells(line) for line in succeed("presets").splitlines() if "│" in line]
-    counted = {row[0]: row[1] for row in rows}
-    assert list(counted) == list(PRESETS)
+def rows_of(told):
+    return {row[0]: row[1:] for row in (cells(line) for line in told.splitlines() if "│" in line)}
+
+
+def test_presets_lists_every_preset_with_its_parameters_shape_and_source():
+    told = rows_of(succeed("presets"))
+    assert list(told) == list(PRESETS)
     for name in ("minillm-causal-10m", "minillm-prefix-10m", "minillm-alibi-10m"):
         real = MiniLLMForCausalLM(MiniLLMConfig.from_preset(name))
         unique = {parameter.data_ptr(): parameter.numel() for parameter in real.parameters()}
-        assert counted[name] == f"{sum(unique.values()):,}"
+        assert told[name][:2] == [f"{sum(unique.values()):,}", "8 x 256"]
     # Published sizes: "8.03B" on the model's own page, and arXiv 2302.13971, table 2 (6.7B).
-    assert counted["llama-3-8b"] == "8,030,261,248" and counted["llama-7b"] == "6,738,415,616"
+    assert told["llama-3-8b"][0] == "8,030,261,248"
+    assert told["llama-7b"] == [
+        "6,738,415,616",
+        "32 x 4096",
+        "LLaMA 7B (arXiv 2302.13971, table 2; the released config)",
+    ]
+
+
+def test_presets_of_one_family():
+    told = succeed("presets", "baichuan")
+    assert set(rows_of(told)) == {name for name, preset in PRESETS.items() if preset.family == "baichuan"}
+    assert told.splitlines()[0].strip() == "baichuan"
+
+
+def test_presets_refuses_an_unknown_family():
+    told = fail("presets", "chatglm4")
+    assert "unknown family 'chatglm4'; did you mean 'chatglm" in told
+    assert all(preset.family in told for preset in PRESETS.values())
+
+
+def test_figures_of_presets_are_whole_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setattr("minillm.cli.console.console._width", 80)
+    assert rows_of(succeed("presets", "llama"))["llama-3.1-405b"][:2] == ["405,853,388,800", "126 x 16384"]
 
 
 def test_info_says_what_a_folder_holds(tmp_path):
