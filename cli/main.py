@@ -11,7 +11,7 @@ from minillm.cli.console import console, one_line_errors, require_extra, require
 app = typer.Typer(
     help="Train, tune, run and publish MiniLLM models.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Make, extend and judge tokenizers.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 
 
@@ -70,6 +70,38 @@ def train_tokenizer(
         with replaced_folder(out) as partial:
             tokenizer.save_pretrained(partial)
         say(f"{len(tokenizer)} tokens in {out}")
+
+
+@tokenizer_app.command("extend")
+def extend_tokenizer(
+    tokenizer: Annotated[str, typer.Argument(help="tokenizer folder or repository")],
+    corpus: Annotated[list[Path], typer.Argument(help="text files and folders of them (UTF-8)")],
+    num_new: Annotated[int, typer.Option(min=1, help="number of tokens to add")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    model: Annotated[str | None, typer.Option(help="model to give rows for the new tokens")] = None,
+) -> None:
+    """Add tokens that a corpus needs; old ids keep their meaning."""
+    with one_line_errors():
+        from minillm.cli.tokenizer_runs import run_extension
+
+        run_extension(tokenizer, corpus, num_new, out, model)
+
+
+@tokenizer_app.command("report")
+def report_tokenizer(
+    tokenizer: Annotated[str, typer.Argument(help="tokenizer folder or repository")],
+    corpus: Annotated[list[Path], typer.Argument(help="text files and folders of them (UTF-8)")],
+    out: Annotated[Path | None, typer.Option(help="folder for report.md, report.json and report.png")] = None,
+    compare: Annotated[str | None, typer.Option(help="a second tokenizer to set beside it")] = None,
+    rare_below: Annotated[int, typer.Option(min=1, help="a piece that occurs less often is rare")] = 5,
+) -> None:
+    """Say how well a tokenizer fits a corpus: tokens per character and word of each language, idle tokens."""
+    if out is not None:
+        require_extra("train")
+    with one_line_errors():
+        from minillm.cli.tokenizer_runs import run_report
+
+        run_report(tokenizer, corpus, out, compare, rare_below)
 
 
 @app.command()

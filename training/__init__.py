@@ -17,6 +17,7 @@ from minillm.training.corpus import (
     standard_library,
     tokenize_documents,
 )
+from minillm.training.vocabulary import resize_for_vocabulary
 
 __all__ = [
     "CorpusError",
@@ -29,6 +30,7 @@ __all__ = [
     "docstring_prose",
     "load_corpus",
     "pack_dataset",
+    "resize_for_vocabulary",
     "split_corpus",
     "standard_library",
     "tokenize_documents",
