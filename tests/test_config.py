@@ -1,18 +1,16 @@
-"""Defaults, derived fields, presets, unknown keys, stamps, and the way through JSON and back."""
+"""Defaults, derived fields, unknown keys, stamps, and the way through JSON and back."""
 
 import copy
 import json
 
 import pytest
-import torch
 from matrix_cases import POSITIONS, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM, __version__
+from minillm import MiniLLMConfig, __version__
 from minillm.configuration import PRESETS
 from minillm.configuration.configuration_minillm import SCHEMA_VERSION
 from minillm.configuration.spellings import KNOWN_EXTRA_KEYS
-from minillm.description import describe
 
 CONFIG_LOGGER = "minillm.configuration.configuration_minillm"
 
@@ -95,50 +93,11 @@ def test_fields_left_out_follow_from_others(fields, field, expected):
     assert value == pytest.approx(expected) if isinstance(expected, float) else value == expected
 
 
-PUBLISHED = {"llama-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "bloom-560m": 559_214_592, "gpt2": 124_439_808}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_presets_have_the_published_number_of_parameters(name):
-    with torch.device("meta"):
-        assert MiniLLMForCausalLM(MiniLLMConfig.from_preset(name)).num_parameters() == PUBLISHED[name]
-
-
-def test_mini_presets_fit_a_laptop():
-    minis = [name for name in PRESETS if name.startswith("minillm-")]
-    assert {"minillm-causal-10m", "minillm-prefix-10m", "minillm-alibi-10m"} <= set(minis)
-    for name in minis:
-        with torch.device("meta"):
-            assert 5e6 < MiniLLMForCausalLM(MiniLLMConfig.from_preset(name)).num_parameters() < 15e6
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_computes_and_can_be_described(name):
-    preset = PRESETS[name]
-    assert preset.description and preset.source
-    config = MiniLLMConfig.from_preset(name)
-    for field, value in preset.fields.items():
-        assert getattr(config, field) == value, field
-    words = describe(config)
-    assert str(config.num_hidden_layers) in words["size"] and str(config.vocab_size) in words["size"]
-    with torch.device("meta"):
-        model = MiniLLMForCausalLM(config)
-        logits = model(torch.zeros(1, 4, dtype=torch.long)).logits
-    assert logits.shape == (1, 4, config.vocab_size)
-
-
 def test_overrides_win_over_a_preset():
     config = MiniLLMConfig.from_preset("llama-3-8b", num_hidden_layers=2, rope_parameters={"rope_theta": 1e6})
     assert (config.num_hidden_layers, config.rope_parameters["rope_theta"]) == (2, 1e6)
     assert config.intermediate_size == 14336
     assert MiniLLMConfig.from_preset("llama-3-8b").num_hidden_layers == 32
-
-
-def test_a_preset_is_not_changed_by_its_configs():
-    before = copy.deepcopy(PRESETS["llama-3-8b"].fields)
-    config = MiniLLMConfig.from_preset("llama-3-8b")
-    config.rope_parameters["rope_theta"] = 1.0
-    assert PRESETS["llama-3-8b"].fields == before
 
 
 def test_an_unknown_preset_is_refused_with_the_closest_and_all():
@@ -208,7 +167,7 @@ def test_a_newer_schema_is_refused_with_the_line_that_helps(tmp_path):
 
 LONG = {"rope_theta": 100.0, "factor": 2.0}
 VARIANTS = {
-    **{f"preset-{name}": PRESETS[name].fields for name in PRESETS},
+    **{f"preset-{name}": PRESETS[name].fields for name in "gpt2 falcon-rw-1b llama-3.1-8b glm-130b glm-4-9b".split()},
     **{f"positions-{name}": fields for name, fields in POSITIONS.items()},
     "integers-for-floats": {
         "norm_eps": 1,
