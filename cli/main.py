@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minillm.cli.console import console, one_line_errors, require_extra, require_free, say
+from minillm.cli.console import console, fail, one_line_errors, require_extra, require_free, say
 
 app = typer.Typer(
     help="Train, tune, run and publish MiniLLM models.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -152,13 +152,38 @@ def export(
     out: Annotated[Path, typer.Argument(help="folder to write")],
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter to merge into it")] = None,
     dtype: Annotated[str | None, typer.Option(help="weights' dtype, e.g. bfloat16")] = None,
+    family: Annotated[str | None, typer.Option("--as", help="a checkpoint of this family, e.g. llama")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="with --as: FIELD=VALUE of the config")] = None,
 ) -> None:
     """Write a folder that anyone can load: weights, config, tokenizer, code and model card."""
     with one_line_errors():
         from minillm.cli.publishing import export_model
 
-        export_model(model, out, adapter, dtype)
+        if family is None and settings:
+            fail("--set needs --as")
+        if family is None:
+            export_model(model, out, adapter, dtype)
+        else:
+            from minillm.cli.conversion_run import run_export_as
+
+            run_export_as(model, out, family, adapter, dtype, settings or [])
         say(f"written: {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Option("--from", help="checkpoint folder, repository or .gguf file")],
+    to: Annotated[Path, typer.Option(help="folder to write")],
+    family: Annotated[str | None, typer.Option(help="its family, where the config does not tell")] = None,
+    dtype: Annotated[str | None, typer.Option(help="weights' dtype; left out: the checkpoint's")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE of the config")] = None,
+    ignore_key: Annotated[list[str] | None, typer.Option(help="config key that changes nothing")] = None,
+) -> None:
+    """Turn a checkpoint of another family (GPT-2, BLOOM, LLaMA, Falcon, GLM, ...) into a MiniLLM with equal logits."""
+    with one_line_errors():
+        from minillm.cli.conversion_run import run_convert
+
+        run_convert(source, to, family, dtype, settings or [], ignore_key or [])
 
 
 @app.command()

@@ -19,8 +19,7 @@ def export_model(model_name: str, out: Path, adapter: str | None = None, dtype: 
     Raises:
         ValueError: an unknown dtype, an `out` that is not empty, or no model, tokenizer or adapter at the given place.
     """
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    kind = torch_dtype(dtype)
     require_free(out)
     model, tokenizer = load_whole_model(model_name)
     if adapter is not None:
@@ -30,12 +29,19 @@ def export_model(model_name: str, out: Path, adapter: str | None = None, dtype: 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         except Exception as error:
             raise ValueError(f"{adapter} holds no adapter for {model_name}: {one_line(error)}") from error
-    if dtype is not None:
+    if kind is not None:
         # After the merge, so that its sum is rounded once.
-        model = model.to(dtype=getattr(torch, dtype))
+        model = model.to(dtype=kind)
     with replaced_folder(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a `--dtype`. ValueError for an unknown one."""
+    if name not in (None, *DTYPES):
+        raise ValueError(f"--dtype {name!r} is unknown; use {', '.join(DTYPES)}")
+    return None if name is None else getattr(torch, name)
 
 
 def push_model(model_name: str, repository: str, private: bool | None = None) -> str:

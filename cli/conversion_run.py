@@ -1,0 +1,77 @@
+"""`minillm convert` and `minillm export --as`."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from minillm import MiniLLMConfig
+from minillm.cli.console import console, require_free, say
+from minillm.cli.publishing import export_model, torch_dtype
+from minillm.conversion import convert, export
+
+
+def run_convert(
+    source: str, to: Path, family: str | None, dtype: str | None, settings: list[str], ignore_keys: list[str]
+) -> None:
+    """Writes the MiniLLM of another family's checkpoint.
+
+    Raises:
+        ValueError: a target that is not empty, a setting that is none, or what `minillm.conversion.convert` refuses.
+    """
+    overrides, kind = read_settings(settings), torch_dtype(dtype)
+    require_free(to)
+    with progress_of("tensors") as told:
+        convert(source, to, family, kind, ignore_keys=ignore_keys, progress=told, **overrides)
+    say(f"written: {to}")
+
+
+def run_export_as(
+    model: str, out: Path, family: str, adapter: str | None, dtype: str | None, settings: list[str]
+) -> None:
+    """Writes a MiniLLM as a checkpoint of another family; an adapter is merged first.
+
+    Raises:
+        ValueError: as `run_convert`.
+    """
+    overrides, kind = read_settings(settings), torch_dtype(dtype)
+    require_free(out)
+    with tempfile.TemporaryDirectory() as folder:
+        if adapter is not None:
+            export_model(model, Path(folder) / "merged", adapter, dtype)
+            model = str(Path(folder) / "merged")
+        with progress_of("tensors") as told:
+            export(model, out, family, kind, progress=told, **overrides)
+
+
+def read_settings(settings: list[str]) -> dict[str, Any]:
+    """Fields of the config from `name=value` pairs; values are read as YAML."""
+    found = {}
+    for setting in settings:
+        name, mark, value = setting.partition("=")
+        if not mark or name not in MiniLLMConfig.__dataclass_fields__:
+            raise ValueError(f"--set {setting!r}: it must be FIELD=VALUE with a field of MiniLLMConfig")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {setting!r}: the value cannot be read") from error
+    return found
+
+
+@contextmanager
+def progress_of(what: str) -> Iterator[Any]:
+    """A bar on a terminal; a line for each tenth elsewhere."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+
+        def told(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
+                say(f"{what}: {done} of {total}")
+
+        yield told
