@@ -1,4 +1,4 @@
-"""The pages on variants and publishing: their code runs and their drawings are what the code draws."""
+"""The pages on variants, publishing and tokenizers: their code runs and their drawings are what the code draws."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_a_drawing_can_be_checked_by_hand():
     assert draw_mask(config, 4, prefix_mask=torch.tensor([[1, 1, 1, 0]])) == "■ ■ ■ ·\n■ ■ ■ ·\n■ ■ ■ ·\n· · ■ ■"
 
 
-@pytest.mark.parametrize("page", ["variants", "publishing"])
+@pytest.mark.parametrize("page", ["variants", "publishing", "tokenizers"])
 def test_the_code_of_a_page_runs(page, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text("utf-8"), re.M | re.S)
     assert blocks

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import tree, weights, write_corpus
+from cli_cases import save_small_model, tree, weights, write_corpus
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +16,7 @@ from minillm.evaluation import perplexity
 from minillm.training import DataCollatorForSFT
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PAGE = EXAMPLES.parent / "docs" / "training.md"
+DOCS = EXAMPLES.parent / "docs"
 
 
 def run_example(name, *arguments, folder):
@@ -78,11 +78,26 @@ def test_tuning_learns_answers_and_the_merged_model_equals_the_adapter(runs):
     assert torch.equal(weights(merged)["lm_head.weight"], table)
 
 
-def test_examples_are_short_and_named_on_the_page():
-    page = PAGE.read_text("utf-8")
+def test_extending_gives_a_model_that_reads_chinese_in_fewer_tokens(tmp_path):
+    save_small_model(tmp_path / "base", tie_word_embeddings=True)
+    told = run_example("extend_vocabulary.py", "base", "--steps", 20, "--out", "extended", folder=tmp_path)
+    before, after = map(float, re.findall(r"([\d.]+) tokens per character", told))
+    # Three bytes a character; the built-in lines are short, so many characters occur once only.
+    assert before == 3.0 and after < 2.2
+    found = re.search(r"held-out loss ([\d.]+) -> ([\d.]+) nats per character", told)
+    assert float(found[2]) < 0.8 * float(found[1])
+    old, new = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("base", "extended"))
+    base, model = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "extended"))
+    assert model.config.vocab_size == len(new) == len(old) + 60
+    # Only new rows are trained beside LoRA.
+    assert torch.equal(weights(model)["lm_head.weight"][: len(old)], weights(base)["lm_head.weight"])
+
+
+def test_examples_are_short_and_named_on_a_page():
+    pages = "".join((DOCS / name).read_text("utf-8") for name in ("training.md", "tokenizers.md"))
     files = sorted(EXAMPLES.glob("*.py"))
-    assert [file.name for file in files] == ["pretrain.py", "sft_lora.py"]
+    assert [file.name for file in files] == ["extend_vocabulary.py", "pretrain.py", "sft_lora.py"]
     for file in files:
         text = file.read_text("utf-8")
-        assert len(text.splitlines()) <= 85 and f"examples/{file.name}" in page
+        assert len(text.splitlines()) <= 85 and f"examples/{file.name}" in pages
         assert ast.get_docstring(ast.parse(text))
