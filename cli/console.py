@@ -18,11 +18,16 @@ errors = Console(stderr=True)
 EXTRAS = {"train": ("datasets", "matplotlib"), "eval": ("lm_eval",)}
 """Packages of an optional extra, by import name."""
 
-# The Trainer's: checkpoints are ordered by number, and a tied head stands under the embedding's name.
+# The Trainer's: checkpoints are ordered by number, and a tied head stands under the embedding's name. The last is the
+# title of a table of weights that do not fit, which the commands refuse in one line.
 REMARKS = (
     "mtime may not be reliable",
     "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
+    " LOAD REPORT",
 )
+
+QUIETED = ("trainer", "trainer_utils", "modeling_utils")
+"""Modules of transformers that make such remarks."""
 
 
 def say(text: object) -> None:
@@ -46,6 +51,11 @@ def fail(message: object, code: int = 1) -> None:
     """Prints one line of error and ends the command with `code`."""
     errors.print(f"[bold red]error:[/] {escape(one_line(message))}", emoji=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
+
+
+def warn(message: object) -> None:
+    """Prints one line of warning beside the command's own output."""
+    errors.print(f"[bold yellow]warning:[/] {escape(one_line(message))}", emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -75,7 +85,7 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging
 
     had_bars, had_hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    loggers = [standard_logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    loggers = [standard_logging.getLogger(f"transformers.{name}") for name in QUIETED]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         for logger in loggers:
@@ -95,7 +105,8 @@ def quiet_libraries() -> Iterator[None]:
 
 def is_news(record: standard_logging.LogRecord) -> bool:
     """Whether a line of the log tells the user of a command anything."""
-    return not record.getMessage().startswith(REMARKS)
+    message = record.getMessage()
+    return not any(remark in message for remark in REMARKS)
 
 
 def require_free(target: Path) -> None:

@@ -4,9 +4,9 @@ import sys
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoTokenizer, TextStreamer, set_seed
 
-from minillm.cli.loading import load_pretrained
+from minillm.cli.loading import load_model, load_pretrained
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
         raise ValueError(f"--top-p {top_p} needs sampling: set --temperature above 0")
     tokenizer = load_pretrained(AutoTokenizer, model_name, "tokenizer", padding_side="left")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_pretrained(AutoModelForCausalLM, model_name, "model").to(device)
+    model = load_model(model_name, allow_adapter=True).to(device)
     set_seed(seed)
     inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1).to(device)
     options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **(sampling or {"do_sample": False})}

@@ -58,9 +58,11 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
     adapter = adapter_config(name)
     if adapter is None:
         return load_checked(name, **options)
-    base = adapter.get("base_model_name_or_path") or "BASE"
+    base = adapter.get("base_model_name_or_path")
     if not allow_adapter:
-        raise ValueError(f"{name} is an adapter: merge it with `minillm export {base} OUT --adapter {name}`")
+        raise ValueError(f"{name} is an adapter: merge it with `minillm export {base or 'BASE'} OUT --adapter {name}`")
+    if not base:
+        raise ValueError(f"{name} is an adapter that names no base model: merge it into one with `minillm export`")
     model = load_checked(base, **options)
     with readable_errors(name, "adapter"):
         found = model.load_adapter(name)

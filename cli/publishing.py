@@ -1,13 +1,14 @@
 """`minillm export` and `minillm push`."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from minillm.cli.console import one_line, require_free
-from minillm.cli.loading import load_pretrained
+from minillm.cli.console import one_line, require_free, warn
+from minillm.cli.loading import load_model, load_pretrained
 from minillm.hub import replaced_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,12 +24,7 @@ def export_model(model_name: str, out: Path, adapter: str | None = None, dtype: 
     require_free(out)
     model, tokenizer = load_whole_model(model_name)
     if adapter is not None:
-        from peft import PeftModel
-
-        try:
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        except Exception as error:
-            raise ValueError(f"{adapter} holds no adapter for {model_name}: {one_line(error)}") from error
+        model = merge_adapter(model, model_name, adapter)
     if kind is not None:
         # After the merge, so that its sum is rounded once.
         model = model.to(dtype=kind)
@@ -42,6 +38,28 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     if name not in (None, *DTYPES):
         raise ValueError(f"--dtype {name!r} is unknown; use {', '.join(DTYPES)}")
     return None if name is None else getattr(torch, name)
+
+
+def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
+    """The model with an adapter in its weights. ValueError if there is no whole adapter that fits."""
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            # PEFT makes up what an adapter lacks.
+            warnings.filterwarnings("error", ".*missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, adapter)
+    except Exception as error:
+        raise ValueError(f"{adapter} holds no adapter for {model_name}: {one_line(error)}") from error
+    base = adapted.peft_config["default"].base_model_name_or_path
+    if base and resolved(base) != resolved(model_name):
+        warn(f"{adapter} was made for {base}, not for {model_name}: the merged model may be of no use")
+    return adapted.merge_and_unload()
+
+
+def resolved(name: str) -> str:
+    """A folder's full path; a repository's name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def push_model(model_name: str, repository: str, private: bool | None = None) -> str:
@@ -59,9 +77,5 @@ def push_model(model_name: str, repository: str, private: bool | None = None) ->
 
 
 def load_whole_model(name: str) -> tuple[Any, Any]:
-    """A model with its tokenizer. ValueError if the place holds an adapter only."""
-    model = load_pretrained(AutoModelForCausalLM, name, "model", dtype="auto")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        base = getattr(model.config, "_name_or_path", "") or "BASE"
-        raise ValueError(f"{name} is an adapter; merge it first: minillm export {base} OUT --adapter {name}")
-    return model, load_pretrained(AutoTokenizer, name, "tokenizer")
+    """A model with its tokenizer. ValueError if the place holds neither or an adapter only."""
+    return load_model(name, dtype="auto"), load_pretrained(AutoTokenizer, name, "tokenizer")

@@ -6,10 +6,10 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minillm.cli.console import console, require_free, say, write_atomically
-from minillm.cli.loading import load_pretrained
+from minillm.cli.loading import load_model, load_pretrained
 from minillm.hub import replaced_folder
 from minillm.tokenization import FertilityReport, extend_vocabulary, measure_fertility
 from minillm.training import TextDocument, load_corpus
@@ -69,7 +69,7 @@ def run_extension(tokenizer_name: str, corpus: list[Path], number: int, out: Pat
     """
     require_free(out)
     tokenizer = load_fast_tokenizer(tokenizer_name)
-    model = None if model_name is None else load_model(model_name, tokenizer, tokenizer_name)
+    model = None if model_name is None else load_model_of(tokenizer, tokenizer_name, model_name)
     texts = [document.text for document in read_corpus(corpus)]
     extended = extend_vocabulary(tokenizer, texts, num_new_tokens=number)
     if model is not None:
@@ -91,10 +91,8 @@ def load_fast_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_model(name: str, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str) -> Any:
-    model = load_pretrained(AutoModelForCausalLM, name, "model", dtype="auto")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(f"{name} is an adapter: merge it with `minillm export BASE OUT --adapter {name}`")
+def load_model_of(tokenizer: PreTrainedTokenizerFast, tokenizer_name: str, name: str) -> Any:
+    model = load_model(name, dtype="auto")
     rows, highest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ValueError(f"{tokenizer_name} has ids up to {highest}, the embedding of {name} only {rows} rows")

@@ -10,11 +10,11 @@ from typing import Any, get_args
 import torch
 import yaml
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.cli.console import one_line, require_free, say, write_atomically
-from minillm.cli.loading import last_complete_checkpoint, load_pretrained
+from minillm.cli.loading import last_complete_checkpoint, load_model, load_pretrained
 from minillm.cli.progress import ProgressCallback
 from minillm.evaluation import perplexity
 from minillm.hub import replaced_folder
@@ -110,11 +110,9 @@ def read_value(name: str, value: Any, kind: Any) -> Any:
 
 def build_model(options: TrainOptions, tokenizer: Any) -> Any:
     if options.model is not None:
-        model = load_pretrained(AutoModelForCausalLM, options.model, "model")
+        model = load_model(options.model)
         if not isinstance(model, MiniLLMForCausalLM):
             raise ValueError(f"{options.model} holds a {model.config.model_type!r} model; only MiniLLM's are trained")
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise ValueError(f"{options.model} is an adapter: merge it with `minillm export BASE OUT --adapter ...`")
         return model
     overrides = {"max_position_embeddings": options.max_length} if options.max_length else {}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
