@@ -7,10 +7,16 @@ from typing import Any, Literal
 import transformers
 from huggingface_hub.dataclasses import strict
 from packaging.version import parse
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from minillm.configuration.feed_forward_fields import (
+    FEED_FORWARD_OWNERS,
+    MLP_PLANS,
+    MOE_DEFAULTS,
+    derive_feed_forward,
+    feed_forward_conflicts,
+)
 from minillm.configuration.presets import PRESETS
 from minillm.configuration.rope_fields import check_rope, take_old_spellings
 from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS
@@ -41,6 +47,7 @@ FIELD_OWNERS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "deepnorm_alpha": ("norm_placement", ("deepnorm",)),
     "deepnorm_beta": ("norm_placement", ("deepnorm",)),
     "num_parallel_norms": ("parallel_residual", (True,)),
+    **FEED_FORWARD_OWNERS,
 }
 """Fields that say something only under certain values of another field: set anywhere else they are refused."""
 
@@ -49,8 +56,9 @@ POSITIVE_FIELDS = (
     "max_position_embeddings sliding_window position_table_size sandwich_dim norm_eps deepnorm_alpha "
     "deepnorm_beta alibi_scale alibi_bias_max initializer_range"
 ).split()
-UNIT_INTERVAL_FIELDS = ("attention_dropout", "hidden_dropout", "embedding_dropout", "embedding_gradient_scale")
-GLU_ONLY_ACTS = ("gtu", "bilinear")
+UNIT_INTERVAL_FIELDS = (
+    "attention_dropout hidden_dropout embedding_dropout embedding_gradient_scale router_jitter_noise".split()
+)
 
 
 @strict
@@ -66,7 +74,7 @@ class MiniLLMConfig(PreTrainedConfig):
             (arXiv 1911.02150), anything between is GQA (arXiv 2305.13245).
         head_dim (`int`, *optional*): width of one head; `hidden_size // num_attention_heads` if left out.
         intermediate_size (`int`, *optional*): inner width of the feed-forward; if left out, `8/3 * hidden_size`
-            rounded up to a multiple of 256 for `glu`, `4 * hidden_size` for `mlp`.
+            rounded up to a multiple of 256 for `glu` and for each expert of `moe`, `4 * hidden_size` for `mlp`.
         max_position_embeddings (`int`, defaults to 2048): length the model is made for. A limit only where positions
             come from a table (`learned`, `glm_2d`); ALiBi, Sandwich, RoPE and sinusoidal positions run past it.
 
@@ -106,10 +114,20 @@ class MiniLLMConfig(PreTrainedConfig):
         parallel_residual (`bool`, defaults to `False`): attention and feed-forward read the same stream (GPT-J).
         num_parallel_norms (`int`, defaults to 1): one shared norm or one for each of the two (Falcon 7B / 40B).
 
-        mlp_type (`str`, defaults to `"glu"`): `glu` (gated, arXiv 2002.05202) or `mlp`.
-        hidden_act (`str`, defaults to `"silu"`): a name in transformers' `ACT2FN`; for `glu` also `gtu`
+        mlp_type (`str`, defaults to `"glu"`): `glu` (gated, arXiv 2002.05202), `mlp`, or `moe` (a mixture of gated
+            experts as in Mixtral, 2401.04088).
+        hidden_act (`str`, defaults to `"silu"`): a name in transformers' `ACT2FN`; for `glu` and `moe` also `gtu`
             (tanh times sigmoid, 1612.08083) and `bilinear` (no activation).
-        mlp_bias (`bool`, defaults to `False`): biases of the feed-forward.
+        mlp_bias (`bool`, defaults to `False`): biases of the feed-forward; experts have none.
+        num_local_experts (`int`, *optional*): experts per block; 8 for `moe` if left out, 0 elsewhere.
+        num_experts_per_tok (`int`, *optional*): experts that a token goes through; 2 for `moe` if left out, 0
+            elsewhere. Their weights sum to 1, so with one expert the router learns from its own loss alone.
+        router_aux_loss_coef (`float`, *optional*): weight of the load-balancing loss (arXiv 2101.03961, section 2.2),
+            which is added to the loss if router logits are asked for; 0.001 for `moe` if left out, 0 elsewhere.
+        router_jitter_noise (`float`, defaults to 0): in training, what enters router and experts is multiplied by
+            factors drawn from `1 - noise` to `1 + noise`.
+        output_router_logits (`bool`, defaults to `False`): return router logits and the load-balancing loss, and train
+            with it.
 
         embedding_norm (`bool`, defaults to `False`): a norm right after the embedding (BLOOM).
         embedding_gradient_scale (`float`, defaults to 1): factor on the gradient of the embedding (GLM-130B: 0.1).
@@ -128,7 +146,9 @@ class MiniLLMConfig(PreTrainedConfig):
     """
 
     model_type = "minillm"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "aux_loss", "router_logits"]
+    # The name under which other libraries read it.
+    attribute_map = {"num_experts": "num_local_experts"}
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -181,9 +201,14 @@ class MiniLLMConfig(PreTrainedConfig):
     num_parallel_norms: Literal[1, 2] = 1
 
     # feed-forward
-    mlp_type: Literal["glu", "mlp"] = "glu"
+    mlp_type: Literal["glu", "mlp", "moe"] = "glu"
     hidden_act: str = "silu"
     mlp_bias: bool = False
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    router_aux_loss_coef: float | int | None = None
+    router_jitter_noise: float | int = 0.0
+    output_router_logits: bool = False
 
     # stabilisers, initialisation
     embedding_norm: bool = False
@@ -247,9 +272,7 @@ class MiniLLMConfig(PreTrainedConfig):
                     f"`num_attention_heads={self.num_attention_heads}`: change one of them or set `head_dim`"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.intermediate_size is None:
-            glu_size = -(-8 * self.hidden_size // (3 * 256)) * 256
-            self.intermediate_size = glu_size if self.mlp_type == "glu" else 4 * self.hidden_size
+        derive_feed_forward(self)
         if self.position_table_size is None and self.position_embedding_type in ("learned", "glm_2d"):
             self.position_table_size = self.max_position_embeddings + (self.position_embedding_type == "glm_2d")
         if self.norm_bias is None:
@@ -268,7 +291,8 @@ class MiniLLMConfig(PreTrainedConfig):
         """Checks the fields against one another; runs when the config is made and again when a model is built."""
         self._check_ranges()
         for name, (owner, values) in FIELD_OWNERS.items():
-            if getattr(self, name) != self.__dataclass_fields__[name].default and getattr(self, owner) not in values:
+            nothing = (self.__dataclass_fields__[name].default, *((0,) if name in MOE_DEFAULTS else ()))
+            if getattr(self, name) not in nothing and getattr(self, owner) not in values:
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` has no meaning with `{owner}={getattr(self, owner)!r}`: "
                     f"leave `{name}` out or set `{owner}` to {' or '.join(repr(value) for value in values)}"
@@ -297,7 +321,6 @@ class MiniLLMConfig(PreTrainedConfig):
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Pairs of (is it so, what is wrong and the way out)."""
-        gated_act = self.hidden_act in GLU_ONLY_ACTS
         return [
             (
                 self.position_embedding_type != "rope" and bool(self.rope_parameters),
@@ -309,16 +332,6 @@ class MiniLLMConfig(PreTrainedConfig):
                 self.num_attention_heads % self.num_key_value_heads != 0,
                 f"`num_attention_heads={self.num_attention_heads}` is not a multiple of "
                 f"`num_key_value_heads={self.num_key_value_heads}`: each key head serves equally many query heads",
-            ),
-            (
-                self.hidden_act not in ACT2FN and not gated_act,
-                f"`hidden_act={self.hidden_act!r}` is unknown: use a name in transformers' ACT2FN, "
-                f"or, with `mlp_type='glu'`, one of {GLU_ONLY_ACTS}",
-            ),
-            (
-                gated_act and self.mlp_type != "glu",
-                f"`hidden_act={self.hidden_act!r}` is a gate and `mlp_type={self.mlp_type!r}` has none: "
-                "set `mlp_type='glu'` or another `hidden_act`",
             ),
             (
                 self.norm_type == "rmsnorm" and bool(self.norm_bias),
@@ -359,6 +372,7 @@ class MiniLLMConfig(PreTrainedConfig):
                 self.sandwich_dim % 2 != 0,
                 f"`sandwich_dim={self.sandwich_dim}` must be even: sines and cosines come in pairs",
             ),
+            *feed_forward_conflicts(self),
         ]
 
     def _validate_ntk_rope_parameters(self, rope_parameters: dict, ignore_keys: set[str] | None = None) -> None:
@@ -368,10 +382,9 @@ class MiniLLMConfig(PreTrainedConfig):
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """How each projection is cut over ranks, by module name; it follows `mlp_type` and `qk_norm`."""
-        columns = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
-        columns += ["mlp.gate_proj"] if self.mlp_type == "glu" else []
-        plan = {f"layers.*.{name}": "colwise" for name in columns}
-        plan |= {f"layers.*.{name}": "rowwise" for name in ("self_attn.o_proj", "mlp.down_proj")}
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")}
+        plan |= {"layers.*.self_attn.o_proj": "rowwise"}
+        plan |= {f"layers.*.mlp.{name}": style for name, style in MLP_PLANS[self.mlp_type].items()}
         if self.qk_norm:
             # One weight for all heads: a rank's gradient comes from its own heads only.
             plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}

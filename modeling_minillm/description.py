@@ -26,6 +26,12 @@ PLACEMENTS = {
     "sandwich": "before and after each sub-layer (sandwich)",
 }
 
+FEED_FORWARDS = {
+    "glu": "gated (GLU)",
+    "mlp": "plain (MLP)",
+    "moe": "mixture of {num_local_experts} gated experts, {num_experts_per_tok} for each token",
+}
+
 
 def describe(config: MiniLLMConfig) -> dict[str, str]:
     """What a config is, as pairs of a topic and a phrase."""
@@ -47,13 +53,13 @@ def describe(config: MiniLLMConfig) -> dict[str, str]:
     norms = f"{config.norm_type}, {PLACEMENTS[config.norm_placement]}"
     if config.parallel_residual:
         norms = f"{config.norm_type}, attention and feed-forward in parallel"
-    gate = "gated (GLU)" if config.mlp_type == "glu" else "plain (MLP)"
+    feed_forward = FEED_FORWARDS[config.mlp_type].format_map(vars(config))
     return {
         "attention": mask,
         "positions": positions,
         "heads": f"{heads} query heads on {shared} key/value heads of width {config.head_dim} ({sharing})",
         "norms": norms,
-        "feed-forward": f"{gate}, {config.hidden_act}, inner width {config.intermediate_size}",
+        "feed-forward": f"{feed_forward}, {config.hidden_act}, inner width {config.intermediate_size}",
         "size": f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.vocab_size} tokens",
         "length": f"made for {config.max_position_embeddings} tokens",
     }

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
@@ -21,6 +20,8 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -28,13 +29,15 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from minillm.attention import CACHE_NAME, MiniLLMAttention, one_cache
 from minillm.capabilities import check
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.feed_forward import MLPS
+from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
+from minillm.initialization import initialize, mark_gains
+from minillm.loss import join_router_loss, refuse_router_logits
 from minillm.masks import build_attention_inputs, require
 from minillm.normalization import NORMS
 from minillm.positions import POSITION_EMBEDDINGS, POSITION_TABLES, MiniLLMRotaryEmbedding
@@ -63,20 +66,7 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
         for name in residual.norms:
             setattr(self, name, NORMS[config.norm_type](config, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self._set_initial_gains(config)
-
-    def _set_initial_gains(self, config: MiniLLMConfig) -> None:
-        """Leaves a number on each projection that `_init_weights` reads: `init_gain` is a gain of Xavier's normal
-        initialisation (DeepNet, arXiv 2203.00555, section 3.2), `init_scale` a factor on `initializer_range`."""
-        feed_forward = [module for module in self.mlp.modules() if isinstance(module, nn.Linear)]
-        if config.norm_placement == "deepnorm":
-            for module in (self.self_attn.q_proj, self.self_attn.k_proj):
-                module.init_gain = 1.0
-            for module in (self.self_attn.v_proj, self.self_attn.o_proj, *feed_forward):
-                module.init_gain = config.deepnorm_beta
-        if config.scale_residual_init:
-            for module in (self.self_attn.o_proj, self.mlp.down_proj):
-                module.init_scale = (2 * config.num_hidden_layers) ** -0.5
+        mark_gains(self, config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """Maps the stream [batch, length, hidden] to the next; keyword arguments go to the attention."""
@@ -115,7 +105,11 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": MiniLLMDecoderLayer, "attentions": MiniLLMAttention}
+    _can_record_outputs = {
+        "hidden_states": MiniLLMDecoderLayer,
+        "attentions": MiniLLMAttention,
+        "router_logits": OutputRecorder(MiniLLMRouter, index=0),
+    }
 
     def __init__(self, config: MiniLLMConfig, *inputs: Any, **kwargs: Any) -> None:
         # Fields may have been assigned since the config was made.
@@ -130,18 +124,17 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
         check(self.config, chosen)
         return chosen
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator in this file; it stands in `minillm.feed_forward`.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MiniLLMRotaryEmbedding):
-            inv_freq, module.attention_scaling = module.compute_inv_freq()
-            init.copy_(module.inv_freq, inv_freq)
-            init.copy_(module.original_inv_freq, inv_freq)
-            return
-        super()._init_weights(module)
-        if hasattr(module, "init_gain"):
-            init.xavier_normal_(module.weight, gain=module.init_gain)
-        elif hasattr(module, "init_scale"):
-            init.normal_(module.weight, std=self.config.initializer_range * module.init_scale)
+        # The base class would fill a rotary embedding of two axes with the frequencies of one.
+        if not isinstance(module, MiniLLMRotaryEmbedding):
+            super()._init_weights(module)
+        initialize(module, self.config.initializer_range)
 
 
 class MiniLLMModel(MiniLLMPreTrainedModel):
@@ -159,6 +152,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             self.rotary_emb = MiniLLMRotaryEmbedding(config)
         self.layers = nn.ModuleList(MiniLLMDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = NORMS[config.norm_type](config, config.hidden_size) if config.final_norm else nn.Identity()
+        self.output_class = MoeModelOutputWithPast if config.mlp_type == "moe" else BaseModelOutputWithPast
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -177,7 +171,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         block_position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
         """Runs the decoder over Q new tokens.
 
         Args:
@@ -193,6 +187,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 Without it, and without `attention_mask` and `block_position_ids`, a document begins wherever
                 `position_ids` restart at 0.
             block_position_ids: [batch, Q] positions on GLM's second axis (arXiv 2103.10360, section 2.3).
+            kwargs: `output_hidden_states`, `output_attentions` and `output_router_logits` (`mlp_type="moe"`: logits
+                [batch * Q, experts] per layer); the rest is for the attention's back end.
 
         Raises:
             ValueError: for inputs that contradict the config or one another; see `minillm.masks`.
@@ -240,7 +236,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 **{"cache" if paged else CACHE_NAME: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+        return self.output_class(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _embed(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None
@@ -281,6 +277,12 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 f"`output_attentions=True` with attn_implementation={implementation!r}, which returns no "
                 "probabilities: load the model with attn_implementation='eager'"
             )
+        wants_router = kwargs.get("output_router_logits", self.config.output_router_logits)
+        if wants_router and self.config.mlp_type != "moe":
+            raise ValueError(
+                f"`output_router_logits=True` with `mlp_type={self.config.mlp_type!r}`, which has no router: "
+                "leave it out or set `mlp_type='moe'`"
+            )
         if cache is not None and self.config.attention_type == "bidirectional":
             raise ValueError(
                 "`cache` with `attention_type='bidirectional'`: cached tokens would have to see later ones; "
@@ -302,6 +304,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
         self.vocab_size = config.vocab_size
         head = NormHead if config.norm_head else nn.Linear
         self.lm_head = head(config.hidden_size, config.vocab_size, bias=False)
+        self.output_class = MoeCausalLMOutputWithPast if config.mlp_type == "moe" else CausalLMOutputWithPast
         self.post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -325,8 +328,9 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
         document_ids: torch.LongTensor | None = None,
         block_position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """As `MiniLLMModel.forward`, and:
 
         Args:
@@ -334,11 +338,15 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
                 model shifts, and never edits them.
             logits_to_keep: compute logits of the last so many positions only (0: all), of these positions [n] or
                 [batch, n], or of the True positions of a boolean mask [batch, Q] (logits [n, vocab_size] then).
+            output_router_logits: return router logits and the load-balancing loss `aux_loss` (`mlp_type="moe"`), and
+                add `router_aux_loss_coef` times that to the loss; as the config says if left out.
             kwargs: `num_items_in_batch` and `shift_labels` reach the loss.
 
         Returns:
             logits [batch, kept positions, vocab_size] and, given labels, the mean cross-entropy.
         """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -349,14 +357,15 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, Generat
             prefix_mask=prefix_mask,
             document_ids=document_ids,
             block_position_ids=block_position_ids,
+            output_router_logits=output_router_logits,
             **kwargs,
         )
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
+        return self.output_class(
+            **join_router_loss(self.config, loss, outputs, attention_mask, self.model.gradient_checkpointing),
             logits=logits,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
@@ -385,6 +394,7 @@ class PerTokenInputs:
     ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput:
         """As `MiniLLMModel.forward`; `labels` are classes (or values, for regression) per text [batch] or token
         [batch, Q]."""
+        refuse_router_logits(self.config, kwargs)
         cache = one_cache(cache, past_key_values)
         inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache)
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
@@ -439,6 +449,7 @@ class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrained
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """As `MiniLLMModel.forward`; `start_positions` and `end_positions` [batch] are token indices."""
+        refuse_router_logits(self.config, kwargs)
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
         cache = one_cache(cache, past_key_values)
         inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
