@@ -289,16 +289,61 @@ def attention(config, weights, x, row, model_dtype, length):
 
 
 def feed_forward(config, weights, x):
-    """GLU variants (arXiv 2002.05202): a gate times a linear map; else a plain two-layer perceptron."""
+    """GLU variants (arXiv 2002.05202): a gate times a linear map; else a plain two-layer perceptron, or experts."""
+    if config.mlp_type == "moe":
+        return torch.stack([mixture_of_experts(config, weights, token) for token in x])
     up = linear(weights, "mlp.up_proj", x)
     if config.mlp_type == "mlp":
         return linear(weights, "mlp.down_proj", ACT2FN[config.hidden_act](up))
-    gate = linear(weights, "mlp.gate_proj", x)
+    return linear(weights, "mlp.down_proj", gated(config, linear(weights, "mlp.gate_proj", x), up))
+
+
+def gated(config, gate, up):
     if config.hidden_act == "gtu":
-        return linear(weights, "mlp.down_proj", torch.sigmoid(gate) * torch.tanh(up))
+        return torch.sigmoid(gate) * torch.tanh(up)
     if config.hidden_act == "bilinear":
-        return linear(weights, "mlp.down_proj", gate * up)
-    return linear(weights, "mlp.down_proj", ACT2FN[config.hidden_act](gate) * up)
+        return gate * up
+    return ACT2FN[config.hidden_act](gate) * up
+
+
+def largest(numbers, count):
+    """Indices of the `count` largest numbers, the largest first."""
+    return sorted(range(len(numbers)), key=lambda index: -numbers[index])[:count]
+
+
+def mixture_of_experts(config, weights, token):
+    """One token's vector (Mixtral, arXiv 2401.04088, section 2.1): the experts that the router finds most probable,
+    each weighted by its share of their probabilities. An expert's gate lies before its up projection in one matrix.
+    """
+    probabilities = (weights["mlp.gate.weight"] @ token).softmax(-1)
+    chosen = largest(probabilities.tolist(), config.num_experts_per_tok)
+    shares = {expert: probabilities[expert] / sum(probabilities[other] for other in chosen) for expert in chosen}
+    result = 0.0
+    for expert, share in shares.items():
+        gate_up = weights["mlp.experts.gate_up_proj"][expert] @ token
+        inner = gated(config, gate_up[: config.intermediate_size], gate_up[config.intermediate_size :])
+        result = result + share * (weights["mlp.experts.down_proj"][expert] @ inner)
+    return result
+
+
+def router_loss(router_logits, experts_per_token, real):
+    """Switch Transformer's load-balancing loss (arXiv 2101.03961, section 2.2) over all layers and real tokens: the
+    number of experts times the sum over experts of (tokens sent to it, mean probability of it).
+
+    `router_logits`: a list of tokens for each layer, each a tensor [experts]; `real`: a bool for each token.
+    """
+    experts = router_logits[0].shape[1]
+    tokens = [
+        token.softmax(-1)
+        for layer in router_logits
+        for token, counts in zip(layer, real.flatten().tolist(), strict=True)
+        if counts
+    ]
+    total = 0.0
+    for expert in range(experts):
+        sent = sum(expert in largest(token.tolist(), experts_per_token) for token in tokens) / len(tokens)
+        total = total + sent * sum(token[expert] for token in tokens) / len(tokens)
+    return experts * total
 
 
 def pre(h, attn, mlp, norms, config):
@@ -432,11 +477,13 @@ def initial_std(config, name, shape):
     """
     if name.endswith(".bias") or "norm" in name:
         return 0.0
-    layer_map = ".layers." in name
+    layer_map = ".layers." in name and "mlp.gate." not in name  # the router is no part of either scheme
     if layer_map and config.norm_placement == "deepnorm":
         beta = config.deepnorm_beta or (8 * config.num_hidden_layers) ** -0.25
         gain = 1.0 if ("q_proj" in name or "k_proj" in name) else beta
-        return gain * math.sqrt(2 / (shape[0] + shape[1]))
+        # Of a stack of experts, each projection of each expert counts as a matrix.
+        fans = config.intermediate_size + config.hidden_size if ".experts." in name else shape[0] + shape[1]
+        return gain * math.sqrt(2 / fans)
     if layer_map and config.scale_residual_init and ("o_proj" in name or "down_proj" in name):
         return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
     return config.initializer_range

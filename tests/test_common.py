@@ -121,8 +121,9 @@ def test_every_tensor_is_a_parameter_or_a_buffer_and_the_plans_match(variant, mo
     for name, module in model.named_modules():
         loose = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
         assert not loose, f"{name} holds plain tensors: {loose}"
-    names = [name.replace(".0.", ".*.").replace(".1.", ".*.") for name, _ in model.base_model.named_modules()]
-    assert set(model.config.base_model_tp_plan) <= set(names)
+    named = [*model.base_model.named_modules(), *model.base_model.named_parameters()]
+    names = {name.replace(".0.", ".*.").replace(".1.", ".*.") for name, _ in named}
+    assert set(model.config.base_model_tp_plan) <= names
 
 
 @every_class

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from matrix_cases import POSITIONS, tiny_config
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from minillm import MiniLLMConfig, __version__
 from minillm.configuration import PRESETS
@@ -67,6 +67,14 @@ def test_defaults_are_llama_7b():
         ({"hidden_size": 8192, "num_attention_heads": 64}, "intermediate_size", 22016),
         ({"hidden_size": 96, "num_attention_heads": 8}, "intermediate_size", 256),
         ({"hidden_size": 96, "num_attention_heads": 8, "mlp_type": "mlp"}, "intermediate_size", 384),
+        ({"hidden_size": 4096, "mlp_type": "moe"}, "intermediate_size", 11008),
+        ({"mlp_type": "moe"}, "num_local_experts", 8),
+        ({"mlp_type": "moe"}, "num_experts", 8),
+        ({"mlp_type": "moe"}, "num_experts_per_tok", 2),
+        ({"mlp_type": "moe"}, "router_aux_loss_coef", 0.001),
+        ({}, "num_experts", 0),
+        ({}, "num_experts_per_tok", 0),
+        ({}, "router_aux_loss_coef", 0),
         ({}, "position_table_size", None),
         ({"position_embedding_type": "learned"}, "position_table_size", 2048),
         ({"position_embedding_type": "glm_2d"}, "position_table_size", 2049),
@@ -262,3 +270,4 @@ def test_the_tensor_parallel_plan_follows_the_feed_forward():
         "layers.*.self_attn.o_proj",
         "layers.*.mlp.down_proj",
     }
+    assert tiny_config(mlp_type="moe").base_model_tp_plan == MixtralConfig.base_model_tp_plan

@@ -10,10 +10,13 @@ PREFIX = {"attention_type": "prefix"}
 ALIBI = {"position_embedding_type": "alibi"}
 LEARNED = {"position_embedding_type": "learned"}
 DEEPNORM = {"norm_placement": "deepnorm"}
+MOE = {"mlp_type": "moe", "num_local_experts": 4}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LONG = {"rope_theta": 10000.0, "factor": 2.0}
 LISTS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 2.5, 3.0]}
 # Positions at which bfloat16 no longer tells neighbours apart.
+MASK, OTHER_MASK, SOP, OTHER_SOP = 3, 4, 5, 6
+BLANKS = {**PREFIX, "mask_token_id": MASK, "sop_token_id": SOP}
 FAR = torch.tensor([[3001, 3003, 3005, 3010, 3013, 3019, 3020, 3024, 3029, 3033]])
 
 
@@ -71,6 +74,22 @@ def gradients(base, changed):
     return differ(*found)
 
 
+def losses(base, changed):
+    """Also of a model that is asked for its router's loss."""
+    found = []
+    for config in (base, changed):
+        inputs = batch(config, "plain")
+        wants_router = config.mlp_type == "moe" or None
+        outputs = loud(config)(**inputs, labels=inputs["input_ids"], output_router_logits=wants_router)
+        found.append([outputs.loss.detach()])
+    return differ(*found)
+
+
+def recorded(base, changed):
+    first, second = (loud(config)(**batch(config, "plain")) for config in (base, changed))
+    return ("router_logits" in first) != ("router_logits" in second)
+
+
 def training_outputs(base, changed):
     found = []
     for config in (base, changed):
@@ -95,6 +114,17 @@ def generated(base, changed):
     if first.sequences.shape != second.sequences.shape:
         return True
     return differ([first.sequences, *first.logits], [second.sequences, *second.logits])
+
+
+def filled(base, changed):
+    """What is put into a blank of a prompt with several tokens that could be blanks and starts."""
+    found = []
+    for config in (base, changed):
+        prompt = batch(config, "plain")["input_ids"].clamp(min=9)
+        prompt[:, 2], prompt[:, 3], prompt[:, 6], prompt[:, -1] = MASK, OTHER_MASK, OTHER_SOP, SOP
+        options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        found.append(loud(config).generate(prompt, **options).logits)
+    return differ(*found)
 
 
 def started(base, changed):
@@ -171,6 +201,13 @@ FLIPS = [
     ("hidden_act", {}, "gtu", outputs),
     ("hidden_act", {}, "bilinear", outputs),
     ("mlp_bias", {}, True, shapes),
+    ("mlp_type", {}, "moe", shapes),
+    ("num_local_experts", MOE, 3, shapes),
+    ("num_experts_per_tok", MOE, 1, outputs),
+    ("num_experts_per_tok", MOE, 3, outputs),
+    ("router_aux_loss_coef", MOE, 0.1, losses),
+    ("router_jitter_noise", MOE, 0.5, training_outputs),
+    ("output_router_logits", MOE, True, recorded),
     ("embedding_norm", {}, True, shapes),
     ("embedding_gradient_scale", {}, 0.1, gradients),
     ("norm_head", {}, True, outputs),
@@ -182,6 +219,10 @@ FLIPS = [
     ("pad_token_id", {"eos_token_id": END, "pad_token_id": 0}, 5, generated),
     ("bos_token_id", {}, 7, started),
     ("eos_token_id", {"pad_token_id": 0}, END, generated),
+    ("mask_token_id", BLANKS, OTHER_MASK, filled),
+    ("gmask_token_id", BLANKS, OTHER_MASK, filled),
+    ("smask_token_id", BLANKS, OTHER_MASK, filled),
+    ("sop_token_id", BLANKS, OTHER_SOP, filled),
     ("tie_word_embeddings", {}, True, shapes),
     ("minillm_version", {}, "0.0.1", stamped),
     ("schema_version", {}, 1, stamped),
@@ -203,15 +244,17 @@ def test_a_flipped_field_shows(field, base, value, effect):
     assert effect(before, after)
 
 
-@pytest.mark.parametrize("effect", [shapes, outputs, far_outputs, initialisation, gradients, training_outputs])
+@pytest.mark.parametrize(
+    "effect", [shapes, outputs, far_outputs, initialisation, gradients, training_outputs, losses, recorded]
+)
 def test_the_detectors_see_nothing_where_nothing_changed(effect):
-    fields = {"attention_dropout": 0.5} if effect is training_outputs else ALIBI
+    fields = {"attention_dropout": 0.5} if effect is training_outputs else MOE if effect is losses else ALIBI
     assert not effect(tiny_config(**fields), tiny_config(**fields))
 
 
-@pytest.mark.parametrize("effect", [generated, cached, started])
+@pytest.mark.parametrize("effect", [generated, cached, started, filled])
 def test_the_detectors_of_generation_see_nothing_where_nothing_changed(effect):
-    assert not effect(tiny_config(**PREFIX), tiny_config(**PREFIX))
+    assert not effect(tiny_config(**BLANKS), tiny_config(**BLANKS))
 
 
 def test_the_gradient_scale_is_that_number():
@@ -242,6 +285,7 @@ CONTEXTS = {
     "parallel": {"parallel_residual": True},
     "parallel-two-norms": {"parallel_residual": True, "num_parallel_norms": 2},
     "mlp": {"mlp_type": "mlp", "hidden_act": "gelu"},
+    "moe": MOE,
     "stabilised": {"embedding_norm": True, "norm_head": True, "qk_norm": True},
     "tied-gqa-window": {"tie_word_embeddings": True, "num_key_value_heads": 2, "sliding_window": 4},
 }
@@ -261,7 +305,7 @@ SAYS_NOTHING = {
 def has_any_effect(before, after):
     if shapes(before, after):
         return True
-    effects = [outputs, initialisation, gradients, training_outputs, cached]
+    effects = [outputs, initialisation, gradients, training_outputs, cached, losses, recorded]
     if before.position_embedding_type == "alibi":
         effects.append(far_outputs)
     if any(effect(before, after) for effect in effects):

@@ -12,6 +12,7 @@ from minillm.configuration.configuration_minillm import (
     POSITIVE_FIELDS,
     UNIT_INTERVAL_FIELDS,
 )
+from minillm.configuration.feed_forward_fields import MOE_DEFAULTS
 from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS
 
 HINTS = MiniLLMConfig.__annotations__
@@ -27,6 +28,12 @@ OWNED = {
     "deepnorm_alpha": 2.0,
     "deepnorm_beta": 0.5,
     "num_parallel_norms": 2,
+    "mlp_bias": True,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "router_aux_loss_coef": 0.5,
+    "router_jitter_noise": 0.1,
+    "output_router_logits": True,
 }
 
 
@@ -59,6 +66,7 @@ def test_a_field_without_its_owner_is_refused(field):
 
 
 GPT = {"mlp_type": "mlp"}
+MOE = {"mlp_type": "moe"}
 # Fields, those assigned later, and words of the message.
 CONFLICTS = [
     ({}, {"position_embedding_type": "alibi"}, ["rope_parameters", "position_embedding_type='alibi'"]),
@@ -66,6 +74,11 @@ CONFLICTS = [
     ({"hidden_act": "swish2"}, {}, ["hidden_act='swish2'", "ACT2FN", "mlp_type='glu'"]),
     ({**GPT, "hidden_act": "gtu"}, {}, ["hidden_act='gtu'", "mlp_type='mlp'", "set `mlp_type='glu'`"]),
     ({**GPT, "hidden_act": "bilinear"}, {}, ["hidden_act='bilinear'", "mlp_type='mlp'"]),
+    ({**MOE, "num_experts_per_tok": 9}, {}, ["num_experts_per_tok=9", "num_local_experts=8"]),
+    ({**MOE, "num_experts_per_tok": 0}, {}, ["num_experts_per_tok=0", "between 1 and"]),
+    ({**MOE, "num_local_experts": 0}, {}, ["num_experts_per_tok=2", "num_local_experts=0"]),
+    ({**MOE, "router_aux_loss_coef": -0.1}, {}, ["router_aux_loss_coef=-0.1", "not negative"]),
+    ({**MOE, "router_aux_loss_coef": math.inf}, {}, ["router_aux_loss_coef=inf", "finite"]),
     ({"norm_bias": True}, {}, ["norm_bias=True", "norm_type='rmsnorm'", "set `norm_type='layernorm'`"]),
     ({"norm_head": True, "tie_word_embeddings": True}, {}, ["norm_head=True", "tie_word_embeddings=True", "untie"]),
     *(
@@ -139,6 +152,7 @@ def test_heads_must_divide_the_width():
 
 
 NEEDS = {
+    "router_jitter_noise": MOE,
     "position_table_size": {"position_embedding_type": "learned"},
     "alibi_scale": {"position_embedding_type": "alibi"},
     "alibi_bias_max": {"position_embedding_type": "alibi"},
@@ -155,8 +169,8 @@ def is_float(field):
 
 
 def test_every_number_has_a_range():
-    """Ids and the number of norms are checked elsewhere, and a schema may only be too new."""
-    elsewhere = {"num_parallel_norms", "schema_version", "pad_token_id", "bos_token_id", "eos_token_id"}
+    """Ids, the number of norms and experts are checked elsewhere, and a schema may only be too new."""
+    elsewhere = {"num_parallel_norms", "schema_version", "pad_token_id", "bos_token_id", "eos_token_id", *MOE_DEFAULTS}
     numbers = {name for name, hint in HINTS.items() if {int, float} & {hint, *get_args(hint)}}
     assert {*POSITIVE_FIELDS, *UNIT_INTERVAL_FIELDS} == numbers - elsewhere
 
@@ -171,9 +185,10 @@ def test_sizes_must_be_positive(field):
 @pytest.mark.parametrize("field", UNIT_INTERVAL_FIELDS)
 def test_fractions_must_lie_between_0_and_1(field):
     for value in (-0.1, 1.1, 2, math.nan):
-        assert f"`{field}={value}` must lie" in message_of(lambda value=value: tiny_config(**{field: value}))
+        fields = {**NEEDS.get(field, {}), field: value}
+        assert f"`{field}={value}` must lie" in message_of(lambda fields=fields: tiny_config(**fields))
     for value in (0, 1, 0.5):
-        assert getattr(tiny_config(**{field: value}), field) == value
+        assert getattr(tiny_config(**{**NEEDS.get(field, {}), field: value}), field) == value
 
 
 def fits(value, hint):

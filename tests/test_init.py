@@ -19,6 +19,7 @@ from minillm import (
 
 ROPE = {"rope_theta": 100.0}
 LONG = {"factor": 2.0, "original_max_position_embeddings": 4}
+MOE = {"mlp_type": "moe", "num_local_experts": 4}
 VARIANTS = {
     "rope": {},
     "rope_interleaved_partial": {
@@ -63,6 +64,9 @@ VARIANTS = {
     "norm_head": {"norm_head": True},
     "tied": {"tie_word_embeddings": True},
     "gqa": {"num_key_value_heads": 2},
+    "moe": MOE,
+    "deepnorm_moe": {**MOE, "norm_placement": "deepnorm"},
+    "scale_residual_init_moe": {**MOE, "scale_residual_init": True},
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 HEADS = (
@@ -124,6 +128,15 @@ def test_deepnorm_gains_by_hand():
         assert weight.std().item() == pytest.approx(gain / 16, rel=0.02), name
     for name in ("gate_proj", "up_proj", "down_proj"):
         assert getattr(layer.mlp, name).weight.std().item() == pytest.approx(beta / 16, rel=0.02), name
+
+
+def test_deepnorm_gains_of_experts_by_hand():
+    """Two layers: beta is 0.5; a map between 256 and 128 channels has Xavier's deviation (2 / 384) ** 0.5 = 0.072."""
+    config = tiny_config(**MOE, norm_placement="deepnorm", hidden_size=256, intermediate_size=128)
+    torch.manual_seed(0)
+    experts = MiniLLMModel(config).layers[1].mlp.experts
+    for projection in (*experts.gate_up_proj, *experts.down_proj):
+        assert projection.std().item() == pytest.approx(0.0361, rel=0.02)
 
 
 @pytest.mark.parametrize("rope", [name for name in VARIANTS if name.startswith("rope")])

@@ -22,6 +22,7 @@ from matrix_cases import (
 BACK_ENDS = ("eager", "sdpa")
 ROPE = {"rope_theta": 100.0}
 LONG = {"factor": 2.0, "original_max_position_embeddings": 4}
+MOE = {"mlp_type": "moe", "num_local_experts": 4}
 ONE_AT_A_TIME = {
     "layernorm": {"norm_type": "layernorm"},
     "layernorm_without_bias": {"norm_type": "layernorm", "norm_bias": False},
@@ -43,6 +44,12 @@ ONE_AT_A_TIME = {
     "mlp_gelu": {"mlp_type": "mlp", "hidden_act": "gelu"},
     "mlp_relu_squared": {"mlp_type": "mlp", "hidden_act": "relu2", "mlp_bias": True},
     "glu_bias": {"mlp_bias": True},
+    "moe": MOE,
+    "moe_top1": {**MOE, "num_experts_per_tok": 1},
+    "moe_all_experts": {**MOE, "num_experts_per_tok": 4},
+    "moe_gtu": {**MOE, "hidden_act": "gtu"},
+    "moe_bilinear": {**MOE, "hidden_act": "bilinear"},
+    "moe_parallel": {**MOE, "parallel_residual": True},
     "qkv_bias": {"attention_qkv_bias": True},
     "out_bias": {"attention_out_bias": True},
     "qk_norm": {"qk_norm": True},
@@ -158,6 +165,7 @@ FACTORS = {
         {"hidden_act": "gtu"},
         {"hidden_act": "bilinear"},
         {"mlp_type": "mlp", "hidden_act": "gelu_pytorch_tanh"},
+        MOE,
     ],
     "head": [{}, {"norm_head": True}, {"tie_word_embeddings": True}],
     "embedding": [{}, {"embedding_norm": True}, {"embedding_gradient_scale": 0.1}],
@@ -198,6 +206,8 @@ def fields_of(case):
         value = FACTORS[name][index]
         if name != "layout":
             fields.update(value if isinstance(value, dict) else {name: value})
+    if fields.get("mlp_type") == "moe":
+        fields.pop("mlp_bias", None)  # experts have none
     return fields
 
 

@@ -40,6 +40,7 @@ VARIANTS = {
     },
     "deepnorm-sandwich-bias": {"norm_placement": "deepnorm", "position_embedding_type": "sandwich"},
     "norm-head": {"norm_head": True, "embedding_norm": True, "qk_norm": True},
+    "moe": {"mlp_type": "moe", "num_local_experts": 4},
 }
 HEADS = {
     "AutoModel": minillm.MiniLLMModel,

@@ -26,6 +26,7 @@ MODELS = {
     "qk_layernorm_gqa": ("gpt2", {"qk_norm": True, "num_key_value_heads": 2}),
     "tied": ("causal_rope", {"tie_word_embeddings": True}),
     "deepnorm": ("deepnorm_geglu", {}),
+    "moe": ("moe", {}),
 }
 pytestmark = pytest.mark.slow
 

@@ -27,6 +27,7 @@ VARIANTS = {
     "window_gqa": {"sliding_window": 3, "num_key_value_heads": 2},
     "rope_2d": {"rope_2d": True, "attention_type": "prefix"},
     "parallel_norm_head": {"parallel_residual": True, "num_parallel_norms": 2, "norm_head": True, "qk_norm": True},
+    "moe": {"mlp_type": "moe", "num_local_experts": 4},
     "bidirectional": {"attention_type": "bidirectional", "position_embedding_type": "none"},
 }
 GENERATIVE = [name for name in VARIANTS if name != "bidirectional"]
