@@ -18,7 +18,7 @@ from minillm.configuration.feed_forward_fields import (
     feed_forward_conflicts,
 )
 from minillm.configuration.presets import PRESETS
-from minillm.configuration.rope_fields import check_rope, take_old_spellings
+from minillm.configuration.rope_fields import OLD_SPELLINGS, check_rope, take_old_spellings
 from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS
 from minillm.version import __version__
 
@@ -37,6 +37,10 @@ if parse(transformers.__version__) < parse(OLDEST_TRANSFORMERS):
 
 FIELD_OWNERS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "prompt_is_prefix": ("attention_type", ("prefix",)),
+    "mask_token_id": ("attention_type", ("prefix",)),
+    "gmask_token_id": ("attention_type", ("prefix",)),
+    "smask_token_id": ("attention_type", ("prefix",)),
+    "sop_token_id": ("attention_type", ("prefix",)),
     "rope_interleaved": ("position_embedding_type", ("rope",)),
     "rope_2d": ("position_embedding_type", ("rope",)),
     "position_table_size": ("position_embedding_type", ("learned", "glm_2d")),
@@ -59,6 +63,18 @@ POSITIVE_FIELDS = (
 UNIT_INTERVAL_FIELDS = (
     "attention_dropout hidden_dropout embedding_dropout embedding_gradient_scale router_jitter_noise".split()
 )
+TOKEN_FIELDS = "bos_token_id eos_token_id mask_token_id gmask_token_id smask_token_id sop_token_id".split()
+
+
+def tensor_parallel_plan(mlp_type: str, qk_norm: bool) -> dict[str, str]:
+    """How each projection is cut over ranks, by module name."""
+    plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")}
+    plan |= {"layers.*.self_attn.o_proj": "rowwise"}
+    plan |= {f"layers.*.mlp.{name}": style for name, style in MLP_PLANS[mlp_type].items()}
+    if qk_norm:
+        # One weight for all heads: a rank's gradient comes from its own heads only.
+        plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
+    return plan
 
 
 @strict
@@ -139,6 +155,8 @@ class MiniLLMConfig(PreTrainedConfig):
             by `sqrt(2 * num_hidden_layers)` (GPT-2).
         use_cache (`bool`, *optional*): return a key/value cache; yes unless bidirectional.
         pad_token_id, bos_token_id, eos_token_id: special ids; none, 1 and 2.
+        mask_token_id, gmask_token_id, smask_token_id, sop_token_id (`int`, *optional*): GLM's blanks, and the token
+            that starts what fills one. With them `generate()` gives a prompt that holds both GLM's prefix and axes.
         tie_word_embeddings (`bool`, defaults to `False`): share the input embedding with the output head.
 
     Raises:
@@ -224,6 +242,10 @@ class MiniLLMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+    mask_token_id: int | None = None
+    gmask_token_id: int | None = None
+    smask_token_id: int | None = None
+    sop_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     # stamps
@@ -241,7 +263,7 @@ class MiniLLMConfig(PreTrainedConfig):
         self._check_extra_keys(kwargs)
         self._derive()
         # On the instance, since transformers 5.17 adds to it for tied embeddings.
-        self.base_model_tp_plan = self._tensor_parallel_plan()
+        self.base_model_tp_plan = tensor_parallel_plan(self.mlp_type, self.qk_norm)
         self.rope_parameters = take_old_spellings(self.position_embedding_type, self.rope_parameters, kwargs)
         super().__post_init__(**kwargs)
         if self.position_embedding_type != "rope":
@@ -253,7 +275,8 @@ class MiniLLMConfig(PreTrainedConfig):
         fields = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
         unknown = [key for key in kwargs if key not in KNOWN_EXTRA_KEYS and not key.startswith("_")]
         for key in unknown:
-            meant = FOREIGN_SPELLINGS.get(key) or next(iter(difflib.get_close_matches(key, fields, 1, 0.8)), None)
+            near = difflib.get_close_matches(key, [*fields, *OLD_SPELLINGS], 1, 0.8)
+            meant = FOREIGN_SPELLINGS.get(key) or next(iter(near), None)
             if meant is not None:
                 raise ValueError(f"`{key}={kwargs[key]!r}` is not a field of MiniLLMConfig; did you mean `{meant}`?")
         if unknown:
@@ -286,9 +309,15 @@ class MiniLLMConfig(PreTrainedConfig):
                 self.deepnorm_beta = (8 * self.num_hidden_layers) ** -0.25
         if self.use_cache is None:
             self.use_cache = self.attention_type != "bidirectional"
+        plans = [tensor_parallel_plan(kind, qk_norm) for kind in MLP_PLANS for qk_norm in (True, False)]
+        if self.base_model_tp_plan in plans:
+            # Not one of the user's own.
+            self.base_model_tp_plan = tensor_parallel_plan(self.mlp_type, self.qk_norm)
 
     def validate_architecture(self) -> None:
-        """Checks the fields against one another; runs when the config is made and again when a model is built."""
+        """Checks the fields against one another; runs when the config is made and again when a model is built, since
+        fields may have been assigned in between: those that follow from others are filled in if they are None."""
+        self._derive()
         self._check_ranges()
         for name, (owner, values) in FIELD_OWNERS.items():
             nothing = (self.__dataclass_fields__[name].default, *((0,) if name in MOE_DEFAULTS else ()))
@@ -311,7 +340,7 @@ class MiniLLMConfig(PreTrainedConfig):
         for name in UNIT_INTERVAL_FIELDS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1")
-        for name in ("bos_token_id", "eos_token_id"):
+        for name in TOKEN_FIELDS:
             ids = getattr(self, name)
             for token_id in ids if isinstance(ids, list) else [ids]:
                 if token_id is not None and not 0 <= token_id < self.vocab_size:
@@ -321,6 +350,7 @@ class MiniLLMConfig(PreTrainedConfig):
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Pairs of (is it so, what is wrong and the way out)."""
+        blanks = [self.mask_token_id, self.gmask_token_id, self.smask_token_id]
         return [
             (
                 self.position_embedding_type != "rope" and bool(self.rope_parameters),
@@ -369,6 +399,11 @@ class MiniLLMConfig(PreTrainedConfig):
                 f"`pad_token_id={self.pad_token_id}` lies outside the vocabulary (`vocab_size={self.vocab_size}`)",
             ),
             (
+                (self.sop_token_id is None) != (blanks == [None] * 3),
+                f"`sop_token_id={self.sop_token_id}` and {blanks} for `mask_token_id`, `gmask_token_id`, "
+                "`smask_token_id`: give a blank and the token that starts what fills it together, or neither",
+            ),
+            (
                 self.sandwich_dim % 2 != 0,
                 f"`sandwich_dim={self.sandwich_dim}` must be even: sines and cosines come in pairs",
             ),
@@ -379,16 +414,6 @@ class MiniLLMConfig(PreTrainedConfig):
         self._check_received_keys(
             "ntk", set(rope_parameters), {"rope_type", "factor"}, {"rope_theta"}, ignore_keys=ignore_keys
         )
-
-    def _tensor_parallel_plan(self) -> dict[str, str]:
-        """How each projection is cut over ranks, by module name; it follows `mlp_type` and `qk_norm`."""
-        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")}
-        plan |= {"layers.*.self_attn.o_proj": "rowwise"}
-        plan |= {f"layers.*.mlp.{name}": style for name, style in MLP_PLANS[self.mlp_type].items()}
-        if self.qk_norm:
-            # One weight for all heads: a rank's gradient comes from its own heads only.
-            plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
-        return plan
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MiniLLMConfig":
@@ -402,7 +427,7 @@ class MiniLLMConfig(PreTrainedConfig):
             ValueError: if there is no such preset (the message lists them all).
         """
         if name not in PRESETS:
-            close = difflib.get_close_matches(name, PRESETS, 1)
+            close = difflib.get_close_matches(str(name), PRESETS, 1)
             hint = f" did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown preset {name!r};{hint} available: {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name].fields, **overrides})

@@ -8,8 +8,14 @@ from transformers.utils import logging
 
 from minillm.attention import CACHE_NAME
 from minillm.capabilities import check
+from minillm.infilling import continue_positions, glm_inputs
+from minillm.masks import require, require_integers
+from minillm.positions import POSITION_BIASES
 
 logger = logging.get_logger(__name__)
+
+ASSISTANT_PREFIX = "assistant_prefix_mask"
+"""The keyword under which an assistant model is handed the prefix of the first prompt."""
 
 
 def number_blocks(prefix_mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -31,6 +37,28 @@ def number_blocks(prefix_mask: torch.Tensor, attention_mask: torch.Tensor | None
 class MiniLLMGenerationMixin:
     """Hooks of transformers' `GenerationMixin` for prefix attention and for masks in fixed-size caches."""
 
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Runs where the caller gave no positions: those of GLM, with its prefix, if the prompt holds a blank and a
+        start token, and the config names both."""
+        config = self.config
+        blanks = [
+            name for name in (config.gmask_token_id, config.smask_token_id, config.mask_token_id) if name is not None
+        ]
+        taken = any(model_kwargs.get(name) is not None for name in ("prefix_mask", "block_position_ids", CACHE_NAME))
+        wanted = config.attention_type == "prefix" and config.prompt_is_prefix and not taken
+        if not wanted or not blanks or config.sop_token_id is None or inputs_tensor.is_floating_point():
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        if not bool((inputs_tensor == config.sop_token_id).any()):
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        # With one axis the text after [gMASK] simply goes on (GLM-130B); with two it has the second to itself.
+        counting = () if self._has_two_axes() else (config.gmask_token_id,)
+        padding = model_kwargs.get("attention_mask")
+        inputs = glm_inputs(inputs_tensor, blanks, config.sop_token_id, padding, counting)
+        model_kwargs |= {"prefix_mask": inputs.prefix_mask, "block_position_ids": inputs.block_position_ids}
+        return inputs.position_ids
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -39,24 +67,14 @@ class MiniLLMGenerationMixin:
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Runs once per `generate()`, before beams, caches and candidates: puts the prompt's prefix in the kwargs."""
-        self._refuse_unsliced(model_kwargs)
         embeds = model_kwargs.get("inputs_embeds")
         prompt = embeds if input_ids is None or (input_ids.shape[-1] == 0 and embeds is not None) else input_ids
+        self._check_per_token(prompt, model_kwargs)
         mask = model_kwargs.get("prefix_mask")
-        if mask is not None:
-            if self.config.attention_type != "prefix":
-                raise ValueError(
-                    f"`prefix_mask` was given, but `attention_type={self.config.attention_type!r}` has no prefix"
-                )
-            missing = prompt.shape[1] - mask.shape[-1]
-            if mask.ndim != 2 or mask.shape[0] != prompt.shape[0] or missing < 0:
-                raise ValueError(
-                    f"`prefix_mask` has shape {list(mask.shape)}; generate() expects {list(prompt.shape[:2])}, "
-                    "one entry per token of the whole prompt"
-                )
-            # An assistant model is called with the first prompt's mask and an ever longer prompt.
-            mask = torch.nn.functional.pad(mask, (0, missing))
-        elif self.config.attention_type == "prefix" and self.config.prompt_is_prefix:
+        first_prompt = model_kwargs.pop(ASSISTANT_PREFIX, None)
+        if first_prompt is not None:
+            mask = torch.nn.functional.pad(first_prompt, (0, prompt.shape[1] - first_prompt.shape[1]))
+        elif mask is None and self.config.attention_type == "prefix" and self.config.prompt_is_prefix:
             mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
             cache = model_kwargs.get(CACHE_NAME)
             if isinstance(cache, Cache):
@@ -69,15 +87,40 @@ class MiniLLMGenerationMixin:
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
-    def _refuse_unsliced(self, model_kwargs: dict[str, Any]) -> None:
-        """`generate()` continues every row as one text on the first position axis."""
+    def _check_per_token(self, prompt: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Checks the per-token inputs of a whole prompt [batch, length, ...]."""
         if model_kwargs.get("document_ids") is not None:
             raise ValueError("`document_ids` in generate(): each row continues one document; give one document a row")
-        if model_kwargs.pop("block_position_ids", None) is not None and self._has_two_axes():
+        if model_kwargs.get("prefix_mask") is not None and self.config.attention_type != "prefix":
             raise ValueError(
-                "`block_position_ids` in generate(): the text is continued on the first position axis, with 0 on the "
-                "second; call the model itself to decode on both"
+                f"`prefix_mask` was given, but `attention_type={self.config.attention_type!r}` has no prefix"
             )
+        for name in ("prefix_mask", "block_position_ids"):
+            values = model_kwargs.get(name)
+            if values is None:
+                continue
+            if values.shape != prompt.shape[:2]:
+                raise ValueError(
+                    f"`{name}` has shape {list(values.shape)}; generate() expects {list(prompt.shape[:2])}, "
+                    "one entry per token of the whole prompt"
+                )
+            require_integers(name, values)
+            require(values >= 0, f"`{name}` holds a negative value")
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """An assistant gets the first prompt's prefix if it has one itself: it is called with ever longer prompts."""
+        assistant = self if kwargs.get("assistant_model") is None else kwargs["assistant_model"]
+        own = dict(model_kwargs)
+        mask = own.pop("prefix_mask", None)
+        if own.pop("block_position_ids", None) is not None and kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "`block_position_ids` in generate() with an assistant model, which counts on the first position axis "
+                "only: leave the assistant out"
+            )
+        same_tokens = kwargs.get("assistant_tokenizer") is None
+        if mask is not None and same_tokens and getattr(assistant.config, "attention_type", None) == "prefix":
+            own[ASSISTANT_PREFIX] = mask
+        return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)
 
     def _has_two_axes(self) -> bool:
         return self.config.position_embedding_type == "glm_2d" or self.config.rope_2d
@@ -87,24 +130,34 @@ class MiniLLMGenerationMixin:
         input_ids: torch.LongTensor,
         inputs_embeds: torch.FloatTensor | None = None,
         prefix_mask: torch.Tensor | None = None,
+        block_position_ids: torch.Tensor | None = None,
+        assistant_prefix_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Cuts the prefix to the tokens that go in, and leaves it out beyond the prompt. Python integers only, so that
         a compiled decoding step neither synchronises nor recompiles."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        going_in = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
+        count = going_in.shape[1]
+        total = self._total_length(kwargs, count)
         if prefix_mask is not None:
-            going_in = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
-            count, prompt_length = going_in.shape[1], prefix_mask.shape[-1]
-            total = max(self._total_length(inputs, kwargs, count), prompt_length)
+            prompt_length = prefix_mask.shape[-1]
+            total = max(total, prompt_length)
             if total - count < prompt_length:
                 padded = torch.nn.functional.pad(prefix_mask, (0, total - prompt_length))
                 inputs["prefix_mask"] = padded[:, -count:]
+        if block_position_ids is not None:
+            prompt = kwargs["position_ids"][:, : block_position_ids.shape[1]].expand_as(block_position_ids)
+            first, second = continue_positions(prompt, block_position_ids, total)
+            # Where the bias asks for the distance to cached tokens, their positions go along.
+            shown = total if self.config.position_embedding_type in POSITION_BIASES else count
+            inputs |= {"position_ids": first[:, -shown:], "block_position_ids": second[:, -count:]}
         # PEFT's prompt learning looks for the cache under its older name.
         inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         return inputs
 
     @staticmethod
-    def _total_length(inputs: dict[str, Any], kwargs: dict[str, Any], count: int) -> int:
+    def _total_length(kwargs: dict[str, Any], count: int) -> int:
         """Cached and new tokens: generate() keeps `position_ids` of all of them."""
         positions = kwargs.get("position_ids")
         return count if positions is None else positions.shape[-1]
@@ -133,6 +186,12 @@ class MiniLLMGenerationMixin:
             raise ValueError(
                 "generate() with `attention_type='bidirectional'`: an encoder has no left-to-right order to continue; "
                 "use a model with `attention_type='causal'` or 'prefix'"
+            )
+        guided = generation_config.guidance_scale not in (None, 1) and self.config.prompt_is_prefix
+        if self.config.attention_type == "prefix" and guided:
+            raise ValueError(
+                f"`guidance_scale={generation_config.guidance_scale}` with `attention_type='prefix'`: the negative "
+                "prompt would be read without its prefix; leave it out, or set `prompt_is_prefix=False` in the config"
             )
         if self.config.attention_type == "prefix" and generation_config.prefill_chunk_size is not None:
             raise ValueError(

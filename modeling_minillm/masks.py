@@ -52,6 +52,11 @@ def require_shape(name: str, tensor: torch.Tensor, batch: int, lengths: tuple[in
         raise ValueError(f"`{name}` has shape {list(tensor.shape)}; expected {allowed} ({meaning})")
 
 
+def require_integers(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point():
+        raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected bool or an integer type")
+
+
 class Layout:
     """The facts about tokens and slots from which mask, positions and bias follow.
 
@@ -130,6 +135,7 @@ class Layout:
 
     def set_documents(self, document_ids: torch.Tensor) -> None:
         require_shape("document_ids", document_ids, self.batch, (self.query_length,), "the tokens that go in")
+        require_integers("document_ids", document_ids)
         if isinstance(self.query_offset, int) and self.query_offset > 0:
             raise ValueError(
                 f"`document_ids` were given with a cache that holds {self.query_offset} tokens: documents are packed "
@@ -174,8 +180,7 @@ class Layout:
     def set_prefix(self, prefix_mask: torch.Tensor) -> None:
         """Reads a prefix mask [B, Q]: 1 on a document's prefix, then 0. `generate()` numbers later blocks 2, 3, ..."""
         require_shape("prefix_mask", prefix_mask, self.batch, (self.query_length,), "the tokens that go in")
-        if prefix_mask.dtype.is_floating_point:
-            raise ValueError(f"`prefix_mask` has dtype {prefix_mask.dtype}; expected bool or an integer type")
+        require_integers("prefix_mask", prefix_mask)
         blocks = prefix_mask.to(self.device, torch.int64).expand(self.batch, -1)
         real = self.real_new()
         if real is not None:
@@ -338,13 +343,14 @@ def lay_out(
 ) -> Layout:
     """Reads and checks the per-token inputs of a forward (all [B, Q]; see `MiniLLMModel.forward`)."""
     layout = Layout(config, inputs_embeds, cache)
-    if attention_mask is not None and attention_mask.ndim == 2:
+    if attention_mask is not None and len(attention_mask.shape) == 2:
         layout.set_padding(attention_mask)
     if position_ids is not None:
         layout.set_positions(position_ids)
     if block_position_ids is not None:
         lengths = (layout.query_length,)
         require_shape("block_position_ids", block_position_ids, layout.batch, lengths, "the tokens that go in")
+        require_integers("block_position_ids", block_position_ids)
     if document_ids is not None:
         layout.set_documents(document_ids)
     elif layout.may_be_packed(attention_mask, block_position_ids):
@@ -410,7 +416,7 @@ def build_attention_inputs(
     if config.position_embedding_type in POSITION_BIASES:
         scheme = POSITION_BIASES[config.position_embedding_type]
         bias = scheme(config, positions, layout.key_positions, inputs_embeds.dtype)
-    custom = attention_mask if attention_mask is not None and attention_mask.ndim != 2 else None
+    custom = attention_mask if attention_mask is not None and len(attention_mask.shape) != 2 else None
     if custom is not None:
         return _custom_mask(layout, custom, bias, kind, inputs_embeds.dtype)
     if kind in ("flash", "other"):
@@ -426,10 +432,11 @@ def build_attention_inputs(
 
 
 def _custom_mask(
-    layout: Layout, mask: torch.Tensor, bias: PositionBias | None, kind: str, dtype: torch.dtype
+    layout: Layout, mask: torch.Tensor | BlockMask, bias: PositionBias | None, kind: str, dtype: torch.dtype
 ) -> AttentionInputs:
-    """Takes a caller's own 4D mask, boolean or additive [B, 1 or H, Q, K], as the whole mask."""
-    if mask.ndim != 4 or mask.shape[-2] != layout.query_length:
+    """Takes a caller's own 4D mask, boolean or additive [B, 1 or H, Q, K], or flex attention's own kind of mask, as
+    the whole mask."""
+    if len(mask.shape) != 4 or mask.shape[-2] != layout.query_length:
         raise ValueError(
             f"`attention_mask` has shape {list(mask.shape)}; expected 2D [batch, cached and new tokens] or 4D "
             f"[batch, 1 or heads, {layout.query_length}, keys]"
@@ -437,6 +444,10 @@ def _custom_mask(
     for name, fact in (("prefix_mask", layout.blocks), ("document_ids", layout.documents)):
         if fact is not None:
             raise ValueError(f"`{name}` and a 4D `attention_mask` both say who sees whom: give one of them")
+    if isinstance(mask, BlockMask):
+        if kind != "flex":
+            raise ValueError("`attention_mask` is a BlockMask, which only attn_implementation='flex_attention' reads")
+        return AttentionInputs(layout.position_ids, mask, bias)
     if kind == "flex":
         if mask.shape[1] != 1:
             raise ValueError(

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from minillm.attention import CACHE_NAME, MiniLLMAttention, one_cache
@@ -204,7 +205,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 f"`input_ids` hold an id outside the vocabulary of {self.config.vocab_size} tokens",
             )
             inputs_embeds = self.embed_tokens(input_ids)
-        if prefix_mask is None and self.training and self.config.attention_type == "prefix":
+        without_prefix = prefix_mask is None and self.training and self.config.attention_type == "prefix"
+        if without_prefix and not is_tracing(inputs_embeds):
             logger.warning_once(
                 "This prefix model is training without `prefix_mask`, so as a plain causal model: use a collator that "
                 "makes one, e.g. minillm.training.DataCollatorForPrefixLM."
@@ -226,7 +228,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         position_embeddings = None
         if self.config.position_embedding_type == "rope":
             position_embeddings = self.rotary_emb(hidden_states, attention.position_ids, block_position_ids)
-        for layer in self.layers:
+        # A cut config has part of the model decode, as a draft of its own (`assistant_early_exit`).
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=attention.attention_mask,
@@ -419,7 +422,8 @@ class MiniLLMForTokenClassification(PerTokenInputs, GenericForTokenClassificatio
         MiniLLMPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = MiniLLMModel(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", config.hidden_dropout))
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(config.hidden_dropout if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

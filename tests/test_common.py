@@ -114,6 +114,12 @@ def test_the_base_model_stands_under_its_prefix(model_class):
     assert next(iter(inspect.signature(model.forward).parameters)) == "input_ids"
 
 
+def test_a_classifier_dropout_of_null_falls_back():
+    for value, expected in ((None, 0.25), (0.5, 0.5)):
+        config = config_of("causal_rope", classifier_dropout=value, hidden_dropout=0.25)
+        assert MiniLLMForTokenClassification(config).dropout.p == expected
+
+
 @every_class
 @every_variant
 def test_every_tensor_is_a_parameter_or_a_buffer_and_the_plans_match(variant, model_class):

@@ -7,7 +7,7 @@ import pytest
 from matrix_cases import POSITIONS, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
-from minillm import MiniLLMConfig, __version__
+from minillm import MiniLLMConfig, MiniLLMForCausalLM, __version__
 from minillm.configuration import PRESETS
 from minillm.configuration.configuration_minillm import SCHEMA_VERSION
 from minillm.configuration.spellings import KNOWN_EXTRA_KEYS
@@ -261,6 +261,38 @@ def test_a_file_of_an_older_version_lacks_a_field(left_out, tmp_path):
         assert getattr(read, left_out) == (256 if left_out == "intermediate_size" else default)
     else:
         assert read.to_dict() == MiniLLMConfig.from_dict(written | {left_out: getattr(config, left_out)}).to_dict()
+
+
+def test_what_follows_from_other_fields_is_filled_in_again_when_a_model_is_built():
+    for changes in (
+        {"norm_placement": "deepnorm"},
+        {"position_embedding_type": "learned", "rope_parameters": None},
+        {"head_dim": None, "intermediate_size": None, "num_key_value_heads": None},
+    ):
+        config = MiniLLMConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        MiniLLMForCausalLM(config)
+        assert None not in [getattr(config, name) for name in changes if name != "rope_parameters"]
+    assert config.head_dim == 16 and config.num_key_value_heads == 2
+
+
+def test_a_plan_of_the_users_own_stays():
+    config = MiniLLMConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.mlp_type = "mlp"
+    config.validate_architecture()
+    assert not any("gate_proj" in name for name in config.base_model_tp_plan)
+    config.base_model_tp_plan = {"layers.*.mlp.up_proj": "colwise"}
+    config.validate_architecture()
+    assert config.base_model_tp_plan == {"layers.*.mlp.up_proj": "colwise"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("rope_thata", "rope_theta"), ("rope_scalling", "rope_scaling"), ("rope_thetas", "rope_theta")]
+)
+def test_a_misspelt_old_spelling_is_refused(wrong, meant):
+    with pytest.raises(ValueError, match=f"{wrong}.*{meant}"):
+        MiniLLMConfig(**{wrong: 5e5})
 
 
 def test_the_tensor_parallel_plan_follows_the_feed_forward():

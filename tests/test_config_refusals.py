@@ -10,6 +10,7 @@ from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.configuration.configuration_minillm import (
     FIELD_OWNERS,
     POSITIVE_FIELDS,
+    TOKEN_FIELDS,
     UNIT_INTERVAL_FIELDS,
 )
 from minillm.configuration.feed_forward_fields import MOE_DEFAULTS
@@ -18,6 +19,10 @@ from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS
 HINTS = MiniLLMConfig.__annotations__
 OWNED = {
     "prompt_is_prefix": False,
+    "mask_token_id": 3,
+    "gmask_token_id": 3,
+    "smask_token_id": 3,
+    "sop_token_id": 4,
     "rope_interleaved": True,
     "rope_2d": True,
     "position_table_size": 40,
@@ -52,13 +57,20 @@ def test_every_owned_field_has_a_value_here():
     assert set(OWNED) == set(FIELD_OWNERS)
 
 
+# Fields that are given together.
+PARTNERS = {
+    **{name: {"sop_token_id": 4} for name in ("mask_token_id", "gmask_token_id", "smask_token_id")},
+    "sop_token_id": {"mask_token_id": 3},
+}
+
+
 @pytest.mark.parametrize("field", OWNED)
 def test_a_field_without_its_owner_is_refused(field):
     owner, allowed = FIELD_OWNERS[field]
     for value in values_of(owner):
         fields = {owner: value, field: OWNED[field]}
         if value in allowed:
-            assert getattr(tiny_config(**fields), field) == OWNED[field]
+            assert getattr(tiny_config(**fields, **PARTNERS.get(field, {})), field) == OWNED[field]
             continue
         message = message_of(lambda fields=fields: tiny_config(**fields))
         assert f"`{field}={OWNED[field]!r}`" in message and f"`{owner}={value!r}`" in message
@@ -106,6 +118,8 @@ CONFLICTS = [
     ({"scale_residual_init": True, "norm_placement": "deepnorm"}, {}, ["scale_residual_init=True", "'deepnorm'"]),
     ({"pad_token_id": 19}, {}, ["pad_token_id=19", "vocab_size=19"]),
     ({"pad_token_id": -1}, {}, ["pad_token_id=-1", "vocab_size=19"]),
+    ({"attention_type": "prefix"}, {"sop_token_id": 4}, ["sop_token_id=4", "mask_token_id", "together"]),
+    ({"attention_type": "prefix"}, {"gmask_token_id": 3}, ["sop_token_id=None", "gmask_token_id", "together"]),
     ({"position_embedding_type": "sandwich", "sandwich_dim": 5}, {}, ["sandwich_dim=5", "must be even"]),
 ]
 
@@ -170,7 +184,7 @@ def is_float(field):
 
 def test_every_number_has_a_range():
     """Ids, the number of norms and experts are checked elsewhere, and a schema may only be too new."""
-    elsewhere = {"num_parallel_norms", "schema_version", "pad_token_id", "bos_token_id", "eos_token_id", *MOE_DEFAULTS}
+    elsewhere = {"num_parallel_norms", "schema_version", "pad_token_id", *TOKEN_FIELDS, *MOE_DEFAULTS}
     numbers = {name for name, hint in HINTS.items() if {int, float} & {hint, *get_args(hint)}}
     assert {*POSITIVE_FIELDS, *UNIT_INTERVAL_FIELDS} == numbers - elsewhere
 

@@ -209,6 +209,19 @@ def test_the_forward_compiles_without_a_graph_break(variant, training):
             assert_equal(got.loss, expected.loss)
 
 
+def test_a_prefix_model_without_a_prefix_compiles_in_training():
+    model = model_of("prefix_rope").train()
+    torch._dynamo.reset()
+    assert_equal(torch.compile(model, fullgraph=True, backend="eager")(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_cut_config_runs_the_first_layers_only():
+    model = model_of("causal_rope")
+    expected = run(model, input_ids=tokens(), output_hidden_states=True).hidden_states[1]
+    model.config.num_hidden_layers = 1
+    assert_equal(run(model, input_ids=tokens()).logits, model.lm_head(model.model.norm(expected)))
+
+
 @pytest.mark.parametrize("variant", ["causal_rope", "prefix_alibi", "gpt2"])
 def test_the_forward_can_be_exported(variant):
     model = model_of(variant)
@@ -361,6 +374,16 @@ REFUSED = {
         "causal_rope",
         {"document_ids": TWO_DOCUMENTS, "attention_mask": torch.ones(2, 1, LENGTH, LENGTH).bool()},
         "`document_ids` and a 4D `attention_mask`",
+    ),
+    "documents_fractions": (
+        "causal_rope",
+        {"document_ids": TWO_DOCUMENTS / 2},
+        "`document_ids` has dtype torch.float32",
+    ),
+    "block_positions_fractions": (
+        "rope_2d",
+        {"block_position_ids": torch.rand(2, LENGTH)},
+        "`block_position_ids` has dtype torch.float32",
     ),
     "documents_decreasing": ("causal_rope", {"document_ids": 1 - TWO_DOCUMENTS}, "`document_ids` decrease"),
     "documents_decreasing_between_padding": (

@@ -166,6 +166,49 @@ def test_candidates(attention_type, scheme, mode):
     assert torch.equal(answers, expected_answers(attention_type, scheme)[:1])
 
 
+def test_an_assistant_need_not_have_a_prefix():
+    model = build("prefix", "rope")
+    ids, _ = prompts()
+    stock = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    for assistant in (build("causal", "alibi"), stock):
+        answers = model.generate(ids[:1], assistant_model=assistant, **GREEDY)[:, ids.shape[1] :]
+        assert torch.equal(answers, expected_answers("prefix", "rope")[:1])
+
+
+@each_variant
+def test_a_model_drafts_for_itself_by_leaving_early(attention_type, scheme):
+    model = build(attention_type, scheme)
+    ids, _ = prompts()
+    for _ in range(2):
+        answers = model.generate(ids[:1], assistant_early_exit=1, **GREEDY)[:, ids.shape[1] :]
+        assert torch.equal(answers, expected_answers(attention_type, scheme)[:1])
+
+
+@pytest.mark.parametrize(
+    ("prefix_mask", "message"),
+    [
+        (torch.ones(3, 4, dtype=torch.long), r"prefix_mask.*\[3, 4\].*\[3, 7\]"),
+        (-torch.ones(3, 7, dtype=torch.long), "prefix_mask.*negative"),
+        (torch.ones(3, 7), "prefix_mask.*float32"),
+    ],
+    ids=["too_short", "negative", "fractions"],
+)
+def test_a_wrong_prefix_mask_is_refused(prefix_mask, message):
+    with pytest.raises(ValueError, match=message):
+        build("prefix", "rope").generate(prompts()[0], prefix_mask=prefix_mask, **GREEDY)
+
+
+def test_guidance_is_refused_where_the_prompt_is_a_prefix():
+    ids, _ = prompts()
+    options = {"guidance_scale": 1.5, "negative_prompt_ids": ids[1:2, 3:], **GREEDY}
+    with pytest.raises(ValueError, match="guidance_scale.*prompt_is_prefix"):
+        build("prefix", "rope").generate(ids[:1], **options)
+    plain, causal = build("prefix", "rope", prompt_is_prefix=False), build("causal", "rope")
+    assert torch.equal(plain.generate(ids[:1], **options), causal.generate(ids[:1], **options))
+
+
 @each_variant
 def test_end_token_and_padding_after_it(attention_type, scheme):
     model = build(attention_type, scheme)
