@@ -6,7 +6,7 @@ References: the classes of these names in transformers, and the papers named in 
 from typing import Any
 
 from minillm import MiniLLMConfig
-from minillm.conversion.family import Family, TensorRule
+from minillm.conversion.family import ConversionError, Family, TensorRule
 from minillm.conversion.transforms import EXPERTS, EXPERTS_GATE_UP, GATE_UP, QKV_BY_GROUP, QKV_STACKED, TRANSPOSED
 
 QKV = tuple(f"model.layers.{{i}}.self_attn.{name}_proj.{{p}}" for name in "qkv")
@@ -101,7 +101,7 @@ GPT2 = Family(
     read=read_gpt2,
     write=lambda config: {"n_inner": config.intermediate_size},
     base_prefix="transformer.",
-    ignored_tensors=("attn.bias", "attn.masked_bias"),
+    ignored_tensors=(".attn.bias", ".attn.masked_bias"),
     tensors=(
         TensorRule("transformer.wte.weight", "model.embed_tokens.weight"),
         TensorRule("transformer.wpe.weight", "model.embed_positions.weight"),
@@ -246,6 +246,8 @@ MPT_ATTENTION = {
     "prefix_lm": False,
     "qk_ln": False,
     "alibi": True,
+    # transformers' class reads nothing else, whatever stands there.
+    "alibi_bias_max": 8,
 }
 
 
@@ -253,8 +255,8 @@ def read_mpt(values: dict[str, Any]) -> dict[str, Any]:
     attention = values["attn_config"]
     for key, allowed in MPT_ATTENTION.items():
         if attention.get(key, allowed) != allowed:
-            raise ValueError(f"`attn_config[{key!r}]={attention[key]!r}`: only {allowed!r} can be converted")
-    return {"alibi_bias_max": attention["alibi_bias_max"]}
+            raise ConversionError(f"`attn_config[{key!r}]={attention[key]!r}`: only {allowed!r} can be converted")
+    return {}
 
 
 MPT = Family(
@@ -284,9 +286,7 @@ MPT = Family(
         "attn_config".split()
     ),
     read=read_mpt,
-    write=lambda config: {
-        "attn_config": {**MPT_ATTENTION, "attn_impl": "torch", "alibi_bias_max": round(config.alibi_bias_max)}
-    },
+    write=lambda config: {"attn_config": {**MPT_ATTENTION, "attn_impl": "torch"}},
     base_prefix="transformer.",
     tensors=(
         TensorRule("transformer.wte.weight", "model.embed_tokens.weight"),

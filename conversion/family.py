@@ -140,19 +140,37 @@ class Family:
         if self.write is not None:
             values |= self.write(config)
         values = {"model_type": self.model_type, "architectures": [self.architecture], **values}
+        wrong = self._fixed_otherwise(config)
         try:
-            values = self._complete(values)
+            values = self._complete(self._with_floats(values))
             back = self.read_config(values)
         except (ValueError, TypeError, StrictDataclassError) as error:
-            raise ConversionError(f"this model is no {self.name}: {error}") from error
-        wrong = [
-            f"`{name}={getattr(config, name)!r}` ({self.name} has {getattr(back, name)!r})"
-            for name in sorted(item.name for item in fields(MiniLLMConfig) if item.name not in GENERIC_FIELDS)
-            if getattr(config, name) != getattr(back, name)
-        ]
+            if not wrong:
+                raise ConversionError(f"this model is no {self.name}: {error}") from error
+        else:
+            names = sorted(item.name for item in fields(MiniLLMConfig) if item.name not in GENERIC_FIELDS)
+            wrong = {name: getattr(back, name) for name in names if getattr(config, name) != getattr(back, name)}
         if wrong:
-            raise ConversionError(f"this model is no {self.name}; in the way: {', '.join(wrong)}")
+            listed = ", ".join(
+                f"`{name}={getattr(config, name)!r}` ({self.name} has {value!r})" for name, value in wrong.items()
+            )
+            raise ConversionError(f"this model is no {self.name}; in the way: {listed}")
         return values
+
+    def _fixed_otherwise(self, config: MiniLLMConfig) -> dict[str, Any]:
+        """Fields that are the same in every model of this family, and are something else in this one."""
+        wanted = {name: value(vars(config)) if callable(value) else value for name, value in self.fixed.items()}
+        return {
+            name: value
+            for name, value in wanted.items()
+            if name not in NOT_COMPARED and getattr(config, name) != value
+        }
+
+    def _with_floats(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Whole numbers as floats where the native config takes nothing else."""
+        declared = {} if self.defaults is not None else CONFIG_MAPPING[self.model_type].__dataclass_fields__
+        kinds = {key: item.type for key, item in declared.items()}
+        return {key: float(value) if kinds.get(key) is float else value for key, value in values.items()}
 
     def _complete(self, raw: dict[str, Any]) -> dict[str, Any]:
         """The config with every default filled in, old spellings read as transformers reads them."""

@@ -84,7 +84,7 @@ BAICHUAN = _baichuan("baichuan", second=False)
 BAICHUAN2 = _baichuan("baichuan2", second=True)
 
 GLM_INFILLING = Family(
-    name="glm-10b",
+    name="glm-infilling",
     model_type="glm",
     architecture="GLMForConditionalGeneration",
     keys={
