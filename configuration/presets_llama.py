@@ -1,4 +1,5 @@
-"""Presets in LLaMA's shape (RMSNorm, RoPE, SwiGLU, no biases): LLaMA 1 to 3.2, its vocabulary extensions, Baichuan."""
+"""Presets in LLaMA's shape (RMSNorm, RoPE, SwiGLU, no biases): LLaMA 1 to 3.2, its vocabulary extensions, Baichuan,
+Mixtral."""
 
 from typing import Any
 
@@ -52,6 +53,15 @@ _BAICHUAN_13B = {**_BAICHUAN, **_13B, "intermediate_size": 13696, "position_embe
 _BAICHUAN_2 = {"vocab_size": 125696, "norm_head": True}
 _BAICHUAN_SOURCE = "the released config"
 _BAICHUAN_2_SOURCE = "arXiv 2309.10305; the released config"
+
+_MIXTRAL = {
+    "num_key_value_heads": 8,
+    "norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "mlp_type": "moe",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 
 LLAMA_PRESETS: dict[str, Preset] = {
     "llama-7b": Preset("LLaMA 7B", _LLAMA_SOURCE, {}, "llama"),
@@ -141,5 +151,23 @@ LLAMA_PRESETS: dict[str, Preset] = {
     ),
     "baichuan2-13b": Preset(
         "Baichuan 2 13B: ALiBi, normalised head", _BAICHUAN_2_SOURCE, {**_BAICHUAN_13B, **_BAICHUAN_2}, "baichuan"
+    ),
+    "mixtral-8x7b": Preset(
+        "Mixtral 8x7B: a mixture of eight experts, two for each token",
+        "arXiv 2401.04088, table 1; the released config",
+        {**_MIXTRAL, "intermediate_size": 14336, "max_position_embeddings": 32768, "router_aux_loss_coef": 0.02},
+        "mixtral",
+    ),
+    "mixtral-8x22b": Preset(
+        "Mixtral 8x22B; its Instruct release has 32768 tokens",
+        "the released config",
+        {
+            **_MIXTRAL,
+            **size(6144, 56, 48),
+            "intermediate_size": 16384,
+            "max_position_embeddings": 65536,
+            "router_aux_loss_coef": 0.001,
+        },
+        "mixtral",
     ),
 }

@@ -97,6 +97,21 @@ def _llama_31(factor):
     return {**_LLAMA_3, "max_position_embeddings": 131072, "rope_scaling": scaling}
 
 
+def _mixtral(width, layers, heads, inner, length, auxiliary):
+    keys = {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": length,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": auxiliary,
+        "output_router_logits": False,
+    }
+    return _llama(width, layers, heads, inner, **keys) | {"model_type": "mixtral"}
+
+
 def _baichuan(width, layers, heads, inner, vocabulary, **keys):
     return {
         "model_type": "baichuan",
@@ -208,6 +223,8 @@ SHIPPED = {
     "chinese-alpaca-13b": _llama(5120, 40, 40, 13824, vocab_size=49954),
     "chinese-alpaca-33b": _llama(6656, 60, 52, 17920, vocab_size=49954),
     "ziya-llama-13b": _llama(5120, 40, 40, 13824, vocab_size=39424, pad_token_id=0),
+    "mixtral-8x7b": _mixtral(4096, 32, 32, 14336, 32768, 0.02),
+    "mixtral-8x22b": _mixtral(6144, 56, 48, 16384, 65536, 0.001),
 }
 """Of families that transformers has classes for."""
 

@@ -15,7 +15,7 @@ from minillm.conversion import detect
 from minillm.conversion.family import NOT_COMPARED
 from minillm.description import describe
 
-FAMILIES = "minillm gpt2 bloom falcon mpt llama baichuan glm glm-130b chatglm chatglm2 glm4".split()
+FAMILIES = "minillm gpt2 bloom falcon mpt llama baichuan mixtral glm glm-130b chatglm chatglm2 glm4".split()
 FIELDS = sorted(set(MiniLLMConfig.__annotations__) - NOT_COMPARED)
 
 TOTALS = {
@@ -63,6 +63,8 @@ ROUNDED = {
     "glm-4-9b": 9.4e9,
     "llama-2-70b": 69e9,
     "llama-3.1-405b": 405e9,
+    "mixtral-8x7b": 46.7e9,
+    "mixtral-8x22b": 141e9,
 }
 
 
@@ -92,7 +94,8 @@ def test_a_preset_means_what_it_says_and_computes(name):
     again = MiniLLMConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
     assert again.to_dict() == MiniLLMConfig.from_dict(config.to_diff_dict()).to_dict() == config.to_dict()
     with torch.device("meta"):
-        model = MiniLLMForCausalLM(preset(name, num_hidden_layers=1))
+        # In bfloat16, the only type that the kernel of mixtures of experts takes on the meta device.
+        model = MiniLLMForCausalLM(preset(name, num_hidden_layers=1)).bfloat16()
         logits = model(torch.zeros(1, 4, dtype=torch.long)).logits
     assert logits.shape == (1, 4, config.vocab_size)
 
