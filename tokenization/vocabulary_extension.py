@@ -26,6 +26,7 @@ PIECES = (
     rf"{SPACE}?\p{{Han}}+|{SPACE}?[[\p{{L}}\p{{M}}]&&[^\p{{Han}}]]+|\p{{N}}|{SPACE}?[^\s{SPACE}\p{{L}}\p{{M}}\p{{N}}]+"
     rf"|{SPACE}+|\s+"
 )
+EXTENDABLE = ("byte-level BPE", "U+2581 BPE", "U+2581 Unigram")
 # By how much a new Unigram piece beats the pieces that spelled it, in nats.
 MARGIN = 1e-3
 
@@ -113,10 +114,9 @@ def check_arguments(
     state: dict[str, Any], texts: Any, pieces_from: Any, num_new_tokens: int | None, min_frequency: int
 ) -> None:
     model = state["model"]
-    if model["type"] not in ("BPE", "Unigram") or text_kind(state) is None:
+    if kind_of(state) not in EXTENDABLE:
         raise ValueError(
-            f"a tokenizer of the kind {kind_of(state)} cannot be extended: byte-level BPE, and BPE or Unigram with "
-            "U+2581 for blanks can"
+            f"a tokenizer of the kind {kind_of(state)} cannot be extended, only one of the kinds {', '.join(EXTENDABLE)}"
         )
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError("a BPE with continuing_subword_prefix or end_of_word_suffix cannot be extended")
