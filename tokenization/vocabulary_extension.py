@@ -116,7 +116,7 @@ def check_arguments(
     model = state["model"]
     if kind_of(state) not in EXTENDABLE:
         raise ValueError(
-            f"a tokenizer of the kind {kind_of(state)} cannot be extended, only one of the kinds {', '.join(EXTENDABLE)}"
+            f"a tokenizer of the kind {kind_of(state)} cannot be extended; these can: {', '.join(EXTENDABLE)}"
         )
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError("a BPE with continuing_subword_prefix or end_of_word_suffix cannot be extended")
