@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
@@ -45,7 +46,7 @@ TASKS = {
 }
 DEFAULT_LICENSE = "apache-2.0"
 CARD_NAME = "README.md"
-# transformers writes a card of this kind when a tokenizer or config is pushed alone: ours says more.
+# In the empty template that transformers uploads, where MiniLLM is not imported: ours says more.
 STOCK_CARD_PHRASE = "This model card has been automatically generated"
 
 IMPORT = re.compile(r"^from (minillm(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
@@ -213,8 +214,33 @@ def model_save(save: Callable) -> Callable:
     return save_pretrained
 
 
+def create_branch(api: HfApi, repo_id: str, revision: str | None, create_pr: bool) -> None:
+    """Makes the branch to upload to, unless it is there or `revision` is a pull request."""
+    if revision is None or revision.startswith("refs/pr"):
+        return
+    try:
+        api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
+    except HfHubHTTPError as error:
+        # Whoever may only propose changes cannot make branches, and need not.
+        if not (create_pr and error.response.status_code == 403):
+            raise
+
+
+def settle_card(api: HfApi, repo_id: str, revision: str | None, path: Path, tags: list[str] | None) -> None:
+    """Keeps the repository's card in the place of the saved one, unless it is the empty template; adds the tags."""
+    if api.file_exists(repo_id, CARD_NAME, revision=revision):
+        text = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_text("utf-8")
+        if STOCK_CARD_PHRASE not in text or not path.exists():
+            path.write_text(text, "utf-8")
+    if tags:
+        bare = f"---\n{ModelCardData(library_name='transformers').to_yaml()}\n---\n"
+        card = ModelCard.load(path) if path.exists() else ModelCard(bare)
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+        card.save(path)
+
+
 def push_to_hub(
-    self: MiniLLMPreTrainedModel,
+    self: MiniLLMPreTrainedModel | MiniLLMConfig | MiniLLMTokenizer,
     repo_id: str,
     *,
     commit_message: str | None = None,
@@ -226,27 +252,21 @@ def push_to_hub(
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
 ) -> Any:
-    """Uploads model, config, code and, unless the repository has one already, the model card.
+    """Uploads what `save_pretrained` writes: for a model also its card, unless the repository has one of its own.
 
     Arguments and result are those of `transformers.PreTrainedModel.push_to_hub`.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    create_branch(api, repo_id, revision, create_pr)
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder, max_shard_size=max_shard_size)
-        path = Path(folder) / CARD_NAME
-        if api.file_exists(repo_id, CARD_NAME, revision=revision):
-            path.write_text(
-                Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_text("utf-8"), "utf-8"
-            )
-        if tags:
-            card = ModelCard.load(path)
-            card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
-            card.save(path)
+        settle_card(api, repo_id, revision, Path(folder) / CARD_NAME, tags)
+        kinds = {MiniLLMConfig: "config", MiniLLMTokenizer: "tokenizer"}
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            commit_message=commit_message or "Upload model",
+            commit_message=commit_message or f"Upload {kinds.get(type(self), 'model')}",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
@@ -254,10 +274,11 @@ def push_to_hub(
 
 
 def install() -> None:
-    """Wraps the saving methods, once."""
+    """Wraps the saving methods and replaces the uploading one, once."""
     if "save_pretrained" in vars(MiniLLMConfig):
         return
     MiniLLMConfig.save_pretrained = config_save(MiniLLMConfig.save_pretrained)
     MiniLLMTokenizer.save_pretrained = tokenizer_save(MiniLLMTokenizer.save_pretrained)
     MiniLLMPreTrainedModel.save_pretrained = model_save(MiniLLMPreTrainedModel.save_pretrained)
-    MiniLLMPreTrainedModel.push_to_hub = push_to_hub
+    for cls in (MiniLLMConfig, MiniLLMTokenizer, MiniLLMPreTrainedModel):
+        cls.push_to_hub = push_to_hub

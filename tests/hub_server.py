@@ -19,23 +19,29 @@ DATE = "2024-01-01T00:00:00.000Z"
 
 
 class Repository:
-    """Files by path, and a commit id that changes with them."""
+    """Files by path for each commit, and the commit that each branch stands at."""
 
     def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.commits = ["0" * 40]
+        self.commits: dict[str, dict[str, bytes]] = {"0" * 40: {}}
+        self.branches = {"main": "0" * 40}
 
-    def commit(self) -> str:
-        listing = json.dumps({path: hashlib.sha1(data).hexdigest() for path, data in sorted(self.files.items())})
-        self.commits.append(hashlib.sha1(f"{len(self.commits)}{listing}".encode()).hexdigest())
-        return self.commits[-1]
+    def commit_of(self, revision: str) -> str | None:
+        """The commit of a branch, or the one of this id; None if the revision is unknown."""
+        commit = self.branches.get(revision, revision)
+        return commit if commit in self.commits else None
 
-    def describe(self, name: str) -> dict:
+    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+        listing = json.dumps({path: hashlib.sha1(data).hexdigest() for path, data in sorted(files.items())})
+        self.branches[branch] = hashlib.sha1(f"{len(self.commits)}{listing}".encode()).hexdigest()
+        self.commits[self.branches[branch]] = files
+        return self.branches[branch]
+
+    def describe(self, name: str, commit: str) -> dict:
         return {
             "_id": name,
             "id": name,
             "modelId": name,
-            "sha": self.commits[-1],
+            "sha": commit,
             "private": False,
             "gated": False,
             "disabled": False,
@@ -44,7 +50,7 @@ class Repository:
             "likes": 0,
             "lastModified": DATE,
             "createdAt": DATE,
-            "siblings": [{"rfilename": path} for path in sorted(self.files)],
+            "siblings": [{"rfilename": path} for path in sorted(self.commits[commit])],
         }
 
 
@@ -69,9 +75,12 @@ class Hub(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def write(self, name: str) -> None:
-        for path, data in self.repositories[name].files.items():
-            target = self.folder / name / path
+    def write(self, name: str, branch: str) -> None:
+        """Writes the files of a branch to the repository's folder; those of other branches than main beside it."""
+        repository = self.repositories[name]
+        folder = self.folder / (name if branch == "main" else f"{name}@{branch}")
+        for path, data in repository.commits[repository.branches[branch]].items():
+            target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
 
@@ -117,9 +126,11 @@ class Handler(BaseHTTPRequestHandler):
         elif path.endswith("/info/lfs/objects/batch"):
             self.lfs_batch(json.loads(data))
         elif parts[:2] == ["api", "models"] and parts[4:5] == ["preupload"]:
-            self.preupload("/".join(parts[2:4]), json.loads(data))
+            self.preupload("/".join(parts[2:4]), parts[5], json.loads(data))
         elif parts[:2] == ["api", "models"] and parts[4:5] == ["commit"]:
-            self.commit("/".join(parts[2:4]), data)
+            self.commit("/".join(parts[2:4]), parts[5], data)
+        elif parts[:2] == ["api", "models"] and parts[4:5] == ["branch"]:
+            self.create_branch("/".join(parts[2:4]), parts[5])
         else:
             self.refuse("EntryNotFound")
 
@@ -151,7 +162,18 @@ class Handler(BaseHTTPRequestHandler):
         self.server.repositories[name] = Repository()
         self.reply({"url": f"{self.server.url}/{name}", "name": name, "id": name})
 
-    def preupload(self, name: str, request: dict) -> None:
+    def create_branch(self, name: str, branch: str) -> None:
+        repository = self.server.repositories[name]
+        if branch in repository.branches:
+            self.reply({"error": "Reference already exists"}, 409)
+            return
+        repository.branches[branch] = repository.branches["main"]
+        self.reply()
+
+    def preupload(self, name: str, branch: str, request: dict) -> None:
+        if branch not in self.server.repositories[name].branches:
+            self.refuse("RevisionNotFound")
+            return
         files = [
             {
                 "path": file["path"],
@@ -171,19 +193,23 @@ class Handler(BaseHTTPRequestHandler):
             objects.append(entry)
         self.reply({"transfer": "basic", "objects": objects})
 
-    def commit(self, name: str, data: bytes) -> None:
+    def commit(self, name: str, branch: str, data: bytes) -> None:
         repository = self.server.repositories[name]
+        if branch not in repository.branches:
+            self.refuse("RevisionNotFound")
+            return
+        files = dict(repository.commits[repository.branches[branch]])
         for line in data.decode().splitlines():
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "file":
-                repository.files[value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
-                repository.files[value["path"]] = self.server.blobs[value["oid"]]
+                files[value["path"]] = self.server.blobs[value["oid"]]
             elif entry["key"] == "deletedFile":
-                repository.files.pop(value["path"], None)
-        oid = repository.commit()
-        self.server.write(name)
+                files.pop(value["path"], None)
+        oid = repository.commit(branch, files)
+        self.server.write(name, branch)
         url = f"{self.server.url}/{name}/commit/{oid}"
         self.reply({"success": True, "commitUrl": url, "commitOid": oid, "hookOutput": ""})
 
@@ -191,17 +217,19 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.server.repositories.get(name)
         if repository is None:
             self.refuse("RepoNotFound")
+            return
+        commit = repository.commit_of(rest[1] if rest else "main")
+        if commit is None:
+            self.refuse("RevisionNotFound")
         elif not rest or rest[0] == "revision":
-            self.reply(repository.describe(name))
+            self.reply(repository.describe(name, commit))
         elif rest[0] == "tree":
-            self.tree(repository, "/".join(rest[2:]))
+            self.tree(repository.commits[commit], "/".join(rest[2:]))
         else:
             self.refuse("EntryNotFound")
 
-    def tree(self, repository: Repository, folder: str) -> None:
-        files = {
-            path: data for path, data in repository.files.items() if path.startswith(f"{folder}/" if folder else "")
-        }
+    def tree(self, files: dict[str, bytes], folder: str) -> None:
+        files = {path: data for path, data in files.items() if path.startswith(f"{folder}/" if folder else "")}
         if folder and not files:
             self.refuse("EntryNotFound")
             return
@@ -218,14 +246,14 @@ class Handler(BaseHTTPRequestHandler):
         if repository is None:
             self.refuse("RepoNotFound")
             return
-        commit = {"X-Repo-Commit": repository.commits[-1]}
-        if revision not in ("main", *repository.commits):
+        commit = repository.commit_of(revision)
+        if commit is None:
             self.refuse("RevisionNotFound")
-        elif path not in repository.files:
-            self.refuse("EntryNotFound", commit)
+        elif path not in repository.commits[commit]:
+            self.refuse("EntryNotFound", {"X-Repo-Commit": commit})
         else:
-            data = repository.files[path]
-            headers = {**commit, "ETag": f'"{etag(path, data)}"', "Content-Length": str(len(data))}
+            data = repository.commits[commit][path]
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{etag(path, data)}"', "Content-Length": str(len(data))}
             if path.endswith(LFS_SUFFIXES):
                 headers |= {"X-Linked-Etag": f'"{etag(path, data)}"', "X-Linked-Size": str(len(data))}
             self.reply(data, headers=headers)
