@@ -1,5 +1,6 @@
 """`MiniLLMConfig`: every architectural choice as one typed, validated field."""
 
+import copy
 import difflib
 import math
 from typing import Any, Literal
@@ -430,4 +431,4 @@ class MiniLLMConfig(PreTrainedConfig):
             close = difflib.get_close_matches(str(name), PRESETS, 1)
             hint = f" did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown preset {name!r};{hint} available: {', '.join(sorted(PRESETS))}")
-        return cls(**{**PRESETS[name].fields, **overrides})
+        return cls(**{**copy.deepcopy(PRESETS[name].fields), **overrides})

@@ -88,21 +88,21 @@ GLM_PRESETS: dict[str, Preset] = {
         "GLM 110M: blank infilling, prefix mask, learned positions on two axes",
         _GLM_SCRIPTS,
         {**_GLM, **size(768, 12, 12), **_WORDPIECE},
-        "glm",
+        "glm-infilling",
     ),
-    "glm-large": Preset("GLM 335M", _GLM_SOURCE, {**_GLM, **_LARGE, **_WORDPIECE}, "glm"),
-    "glm-large-chinese": Preset("GLM 335M, Chinese", _GLM_SOURCE, {**_GLM, **_LARGE, **_CHINESE}, "glm"),
+    "glm-large": Preset("GLM 335M", _GLM_SOURCE, {**_GLM, **_LARGE, **_WORDPIECE}, "glm-infilling"),
+    "glm-large-chinese": Preset("GLM 335M, Chinese", _GLM_SOURCE, {**_GLM, **_LARGE, **_CHINESE}, "glm-infilling"),
     "glm-roberta-large": Preset(
         "GLM 335M on RoBERTa's data",
         _GLM_SOURCE,
         {**_GLM, **_LARGE, **_BYTE_BPE, "max_position_embeddings": 512},
-        "glm",
+        "glm-infilling",
     ),
-    "glm-410m": Preset("GLM 410M", _GLM_SCRIPTS, {**_GLM, **size(1024, 30, 16), **_WORDPIECE}, "glm"),
-    "glm-515m": Preset("GLM 515M", _GLM_SCRIPTS, {**_GLM, **size(1152, 30, 18), **_WORDPIECE}, "glm"),
-    "glm-2b": Preset("GLM 2B", _GLM_SOURCE, {**_GLM, **size(2048, 36, 32), **_BYTE_BPE}, "glm"),
-    "glm-10b": Preset("GLM 10B", _GLM_SOURCE, {**_GLM, **_10B, **_BYTE_BPE}, "glm"),
-    "glm-10b-chinese": Preset("GLM 10B, Chinese", _GLM_SOURCE, {**_GLM, **_10B, **_CHINESE}, "glm"),
+    "glm-410m": Preset("GLM 410M", _GLM_SCRIPTS, {**_GLM, **size(1024, 30, 16), **_WORDPIECE}, "glm-infilling"),
+    "glm-515m": Preset("GLM 515M", _GLM_SCRIPTS, {**_GLM, **size(1152, 30, 18), **_WORDPIECE}, "glm-infilling"),
+    "glm-2b": Preset("GLM 2B", _GLM_SOURCE, {**_GLM, **size(2048, 36, 32), **_BYTE_BPE}, "glm-infilling"),
+    "glm-10b": Preset("GLM 10B", _GLM_SOURCE, {**_GLM, **_10B, **_BYTE_BPE}, "glm-infilling"),
+    "glm-10b-chinese": Preset("GLM 10B, Chinese", _GLM_SOURCE, {**_GLM, **_10B, **_CHINESE}, "glm-infilling"),
     "glm-130b": Preset(
         "GLM-130B: prefix mask, RoPE, DeepNorm, GeGLU, embedding gradient shrunk to a tenth",
         "arXiv 2210.02414; the released scripts",
@@ -148,12 +148,12 @@ GLM_PRESETS: dict[str, Preset] = {
     ),
     "chatglm3-6b": Preset("ChatGLM3 6B, the same", "the released config", _CHATGLM_2, "chatglm2"),
     "glm-4-9b": Preset(
-        "GLM-4 9B: two key/value heads, RoPE on half of each head", _GLM_4_SOURCE, _glm_4(8192, 10000.0, 2), "glm4"
+        "GLM-4 9B: two key/value heads, RoPE on half of each head", _GLM_4_SOURCE, _glm_4(8192, 10000.0, 2), "glm"
     ),
     "glm-4-9b-chat": Preset(
-        "GLM-4 9B for 131072 tokens: RoPE base 5000000", _GLM_4_SOURCE, _glm_4(131072, 5000000.0, 2), "glm4"
+        "GLM-4 9B for 131072 tokens: RoPE base 5000000", _GLM_4_SOURCE, _glm_4(131072, 5000000.0, 2), "glm"
     ),
     "glm-4-9b-chat-1m": Preset(
-        "GLM-4 9B for 1048576 tokens: four key/value heads", _GLM_4_SOURCE, _glm_4(1048576, 100000000.0, 4), "glm4"
+        "GLM-4 9B for 1048576 tokens: four key/value heads", _GLM_4_SOURCE, _glm_4(1048576, 100000000.0, 4), "glm"
     ),
 }

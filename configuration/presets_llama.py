@@ -147,10 +147,10 @@ LLAMA_PRESETS: dict[str, Preset] = {
     "baichuan-7b": Preset("Baichuan 7B: RoPE", _BAICHUAN_SOURCE, _BAICHUAN, "baichuan"),
     "baichuan-13b": Preset("Baichuan 13B: ALiBi", _BAICHUAN_SOURCE, _BAICHUAN_13B, "baichuan"),
     "baichuan2-7b": Preset(
-        "Baichuan 2 7B: RoPE, normalised head", _BAICHUAN_2_SOURCE, {**_BAICHUAN, **_BAICHUAN_2}, "baichuan"
+        "Baichuan 2 7B: RoPE, normalised head", _BAICHUAN_2_SOURCE, {**_BAICHUAN, **_BAICHUAN_2}, "baichuan2"
     ),
     "baichuan2-13b": Preset(
-        "Baichuan 2 13B: ALiBi, normalised head", _BAICHUAN_2_SOURCE, {**_BAICHUAN_13B, **_BAICHUAN_2}, "baichuan"
+        "Baichuan 2 13B: ALiBi, normalised head", _BAICHUAN_2_SOURCE, {**_BAICHUAN_13B, **_BAICHUAN_2}, "baichuan2"
     ),
     "mixtral-8x7b": Preset(
         "Mixtral 8x7B: a mixture of eight experts, two for each token",

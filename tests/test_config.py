@@ -288,7 +288,8 @@ def test_a_plan_of_the_users_own_stays():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"), [("rope_thata", "rope_theta"), ("rope_scalling", "rope_scaling"), ("rope_thetas", "rope_theta")]
+    ("wrong", "meant"),
+    [("rope_thata", "rope_theta"), ("rope_scalling", "rope_scaling"), ("rope_thetas", "rope_theta")],
 )
 def test_a_misspelt_old_spelling_is_refused(wrong, meant):
     with pytest.raises(ValueError, match=f"{wrong}.*{meant}"):

@@ -52,7 +52,11 @@ def test_the_blank_named_first_is_filled_at_its_first_place():
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [([11, GMASK, 12], "row 1 holds no start token"), ([11, SOP, GMASK], "row 1 has no blank"), ([0, SOP, 1], "row 1")],
+    [
+        ([11, GMASK, 12], "row 1 holds no start token"),
+        ([11, SOP, GMASK], "row 1 has no blank"),
+        ([0, SOP, 1], "row 1"),
+    ],
 )
 def test_what_is_no_glm_input_is_refused(row, message):
     with pytest.raises(ValueError, match=message):
@@ -107,7 +111,7 @@ def test_beams_and_candidates_keep_both_axes(scheme):
     row = {**options, "attention_mask": mask[:1]}
     looked_up = model.generate(ids[:1], prompt_lookup_num_tokens=2, max_matching_ngram_size=1, **row)
     assert torch.equal(looked_up, naive(model, ids, mask)[:1])
-    with pytest.raises(ValueError, match="block_position_ids.*assistant"):
+    with pytest.raises(ValueError, match=r"block_position_ids.*assistant"):
         model.generate(ids[:1], assistant_model=loud_model(config), **row)
 
 
