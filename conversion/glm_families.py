@@ -186,11 +186,17 @@ SHIFTED_ATTENTION = (
     TensorRule("transformer.layers.{i}.mlp.dense_4h_to_h.{p}", f"{BLOCK}mlp.down_proj.{{p}}"),
 )
 
+def read_chatglm(values: dict[str, Any]) -> dict[str, Any]:
+    """What fills a blank starts with the begin token."""
+    has_blank = values["mask_token_id"] is not None or values["gmask_token_id"] is not None
+    return {"sop_token_id": values["bos_token_id"] if has_blank else None}
+
+
 CHATGLM = Family(
     name="chatglm",
     model_type="chatglm",
     architecture="ChatGLMModel",
-    keys={**SHIFTED_KEYS, "bos_token_id": ("bos_token_id", "sop_token_id")},
+    keys=SHIFTED_KEYS,
     fixed={**SHIFTED_FIELDS, "rope_2d": True, "mlp_type": "mlp", "hidden_act": "gelu_pytorch_tanh"},
     required={"position_encoding_2d": (True,), "pre_seq_len": (None,)},
     defaults={
@@ -205,6 +211,7 @@ CHATGLM = Family(
         "quantization_embeddings": False,
         "prefix_projection": False,
     },
+    read=read_chatglm,
     matches=lambda raw: "inner_hidden_size" in raw,
     tensors=(
         *SHIFTED_ATTENTION,
