@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from minillm.training.documents import NothingToScoreError
+
 IGNORE_INDEX = -100
 
 Collator = Callable[[Sequence[Any]], dict[str, torch.Tensor]]
@@ -36,7 +38,7 @@ class PerplexityResult(NamedTuple):
 
 
 def batches(dataset: Sequence[Any], collator: Collator, batch_size: int = 8) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of a data set, in order.
+    """The batches of a data set, in order, without those in which a collator finds nothing to score.
 
     Raises:
         ValueError: `batch_size` below 1 or an empty data set.
@@ -46,7 +48,12 @@ def batches(dataset: Sequence[Any], collator: Collator, batch_size: int = 8) -> 
     if len(dataset) == 0:
         raise ValueError("the data set to evaluate is empty")
     for start in range(0, len(dataset), batch_size):
-        yield collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
+        samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+        try:
+            batch = collator(samples)
+        except NothingToScoreError:
+            continue
+        yield batch
 
 
 def perplexity(

@@ -76,15 +76,31 @@ def test_overlong_documents_are_split_into_documents():
     assert lists(batch)["position_ids"] == [[0, 1, 2], [0, 1, 2], [0, 1, 0]]
 
 
-def test_overlong_documents_are_truncated_with_a_count(caplog):
-    collator = causal(max_length=3, overlong="truncate")
+@pytest.mark.parametrize("length", [2, 3, 4, 7])
+def test_no_piece_of_an_overlong_document_has_one_token(length):
+    for count in range(2, 4 * length):
+        rows = causal(max_length=length).rows([list(range(count))])
+        pieces = [piece for row in rows for piece in row]
+        assert all(2 <= len(piece.input_ids) <= length for piece in pieces)
+        assert sorted({token for piece in pieces for token in piece.input_ids.tolist()}) == list(range(count))
+        # Every token but the pieces' first ones is scored, and none twice.
+        scored = sorted(token for piece in pieces for token in piece.labels.tolist() if token != -100)
+        assert len(set(scored)) == len(scored) == sum(len(piece.input_ids) - 1 for piece in pieces)
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The log of transformers' loggers."""
     logging.enable_propagation()
-    try:
-        batch = collator([[1, 2, 3, 4, 5], [6, 7, 8, 9]])
-    finally:
-        logging.disable_propagation()
+    yield caplog
+    logging.disable_propagation()
+
+
+def test_overlong_documents_are_truncated_with_a_count(warnings):
+    collator = causal(max_length=3, overlong="truncate")
+    batch = collator([[1, 2, 3, 4, 5], [6, 7, 8, 9]])
     assert sorted(lists(batch)["input_ids"]) == [[1, 2, 3], [6, 7, 8]]
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in warnings.records] == [
         "1 documents longer than max_length=3 were truncated so far; 2 tokens dropped",
         "2 documents longer than max_length=3 were truncated so far; 3 tokens dropped",
     ]
@@ -153,7 +169,8 @@ def test_best_fit_takes_the_fullest_row_that_has_room():
 
 @pytest.mark.parametrize("kind", ["list", "datasets"])
 def test_packed_data_set_goes_through_the_collator_unchanged(kind):
-    documents = random_documents(5, 40, mean=2.0)
+    # Those of one token are left out by `pack_dataset`.
+    documents = [document for document in random_documents(5, 40, mean=2.0) if len(document["input_ids"]) > 1]
     collator = causal(max_length=64)
     samples = documents if kind == "list" else Dataset.from_list(documents)
     rows = pack_dataset(samples, collator)
@@ -162,6 +179,31 @@ def test_packed_data_set_goes_through_the_collator_unchanged(kind):
     packed = collator([rows[index] for index in range(len(rows))])
     direct = collator(documents)
     assert all(torch.equal(packed[name], direct[name]) for name in direct)
+
+
+def test_packing_leaves_out_documents_without_a_score_and_counts_them(warnings):
+    """Each would fill a row of its own, which no Trainer could take a step on."""
+    unscored = [[5], {"input_ids": [6] * 8, "labels": [-100] * 8}, {"input_ids": [7] * 7, "labels": [7] + [-100] * 6}]
+    collator = causal(overlong="truncate")
+    samples = [*unscored, [1, 2, 3], {"input_ids": [4] * 10, "labels": [-100] * 9 + [4]}]
+    rows = pack_dataset(samples, collator)
+    assert [row["input_ids"] for row in rows] == [[1, 2, 3]]
+    # The last one lost its label by truncation.
+    assert "4 of 5 documents hold no token to score and are left out" in warnings.records[-1].message
+    warnings.clear()
+    assert pack_dataset([*rows, {"input_ids": [8], "document_ids": [1]}], collator) == rows
+    assert "1 of 2 documents" in warnings.records[-1].message
+    warnings.clear()
+    assert pack_dataset(rows, collator) == rows and not warnings.records
+    with pytest.raises(ValueError, match="the data set holds no token to score"):
+        pack_dataset(unscored, collator)
+
+
+def test_every_row_of_a_packed_data_set_can_be_a_batch():
+    collator = causal(max_length=4)
+    # The fifth tokens alone would fill rows in which nothing is scored.
+    rows = pack_dataset([[1, 2, 3, 4, 5]] * 8, collator)
+    assert all((collator([row])["labels"] != -100).any() for row in rows)
 
 
 def test_packed_rows_are_not_packed_again():

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 
 from minillm.training.callbacks import SetEpochCallback
 from minillm.training.collators import (
+    DataCollatorForCausalLM,
     DataCollatorForPrefixLM,
     DataCollatorForSFT,
     pack_dataset,
@@ -124,6 +126,50 @@ def test_prefix_fraction_is_checked(fraction):
 def test_prefix_fraction_bounds_the_prefix():
     lengths = prefix_lengths([prefix(max_length=64, prefix_fraction=(0.25, 0.5))(DOCUMENTS)])
     assert set(lengths.values()) == {2, 3, 4}
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_fixed_prefixes_are_those_of_the_first_epoch_in_all_epochs(kind):
+    samples = DOCUMENTS if kind == "list" else Dataset.from_list(DOCUMENTS)
+    expected = prefix_lengths([prefix()(DOCUMENTS)])
+    collator = prefix()
+    drawn = pack_dataset(samples, collator)
+    for packed_in in (0, 2):
+        collator.set_epoch(packed_in)
+        rows = pack_dataset(samples, collator, fixed_prefixes=True)
+        for epoch in (0, 1, 5):
+            collator.set_epoch(epoch)
+            batch = collator(list(rows))
+            assert prefix_lengths([batch]) == expected
+            assert (batch["labels"][batch["prefix_mask"] == 1] == -100).all()
+            assert (prefix_lengths([collator(list(drawn))]) == expected) == (epoch == 0)
+    # Packed again, rows keep what they have.
+    assert list(pack_dataset(rows, collator)) == list(rows)
+
+
+def test_fixed_prefixes_of_answers_are_their_prompts_and_causal_rows_have_none():
+    samples = [{"input_ids": [number] * 7, "prompt_length": number % 6 + 1} for number in range(1, 12)]
+    for collator in (sft(prompt_is_prefix=True), sft()):
+        drawn, fixed = (collator(pack_dataset(samples, collator, fixed_prefixes=value)) for value in (False, True))
+        assert all(torch.equal(drawn[name], fixed[name]) for name in drawn)
+    causal = DataCollatorForCausalLM(max_length=16, pad_token_id=0)
+    assert set(pack_dataset(DOCUMENTS, causal, fixed_prefixes=True)[0]) == {"input_ids", "document_ids", "labels"}
+
+
+def test_rows_with_prefixes_are_checked():
+    rows = pack_dataset(DOCUMENTS[:1], prefix(), fixed_prefixes=True)
+    with pytest.raises(ValueError, match="a packed row holds prefixes in `prefix_mask`; this collator marks none"):
+        DataCollatorForCausalLM(max_length=16, pad_token_id=0)(rows)
+    rows[0]["prefix_mask"] = [0, 1] + [0] * 7
+    with pytest.raises(ValueError, match="must be ones, then zeros, in each document"):
+        prefix()(rows)
+
+
+def test_a_prefix_leaves_the_last_scored_token():
+    ids = list(range(1, 13))
+    for seed in range(20):
+        batch = prefix(seed=seed)([{"input_ids": ids, "labels": [-100] * 3 + ids[3:5] + [-100] * 7}])
+        assert 1 <= int(batch["prefix_mask"].sum()) <= 4 and batch["labels"][0, 4] == 5
 
 
 SFT_FORMS = {

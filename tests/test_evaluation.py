@@ -101,6 +101,23 @@ def test_a_prefix_model_is_not_scored_causally_by_accident():
         perplexity(tiny_model(attention_type="prefix"), [[1, 2]], collator)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_batches_with_nothing_to_score_are_skipped(batch_size):
+    model = tiny_model()
+    collator = DataCollatorForCausalLM(max_length=64, pad_token_id=0)
+    documents = random_documents(6, count=4)
+    with_lone_tokens = [[3], [4], *documents[:2], [5], [6], *documents[2:]]
+    result = perplexity(model, with_lone_tokens, collator, batch_size=batch_size)
+    expected = perplexity(model, documents, collator)
+    assert (result.nll, result.num_tokens) == (pytest.approx(expected.nll, abs=1e-6), expected.num_tokens)
+    unigram = UnigramModel(documents, VOCABULARY)
+    skipped = ngram_perplexity(unigram, with_lone_tokens, collator, batch_size=batch_size)
+    assert skipped.nll == pytest.approx(ngram_perplexity(unigram, documents, collator).nll, abs=1e-12)
+    for score in (perplexity, ngram_perplexity):
+        with pytest.raises(ValueError, match="there is no token to score"):
+            score(model if score is perplexity else unigram, [[1], [2], [3]], collator, batch_size=batch_size)
+
+
 def test_nothing_to_score_is_refused():
     collator = DataCollatorForCausalLM(max_length=64, pad_token_id=0)
     with pytest.raises(ValueError, match="the data set to evaluate is empty"):

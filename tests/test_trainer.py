@@ -175,6 +175,27 @@ def test_evaluation_equals_perplexity_and_leaves_training_alone(variant, tmp_pat
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_evaluations_of_unchanged_weights_are_equal_in_all_epochs(kind, variant, tmp_path):
+    collator = collator_for(variant)
+    rows = pack_dataset(counting_documents(20), collator)
+    documents = counting_documents(20, seed=1)
+    held_out = pack_dataset(
+        documents if kind == "list" else Dataset.from_list(documents), collator, fixed_prefixes=True
+    )
+    model = tiny_model(variant)
+    expected = perplexity(model, documents, collator_for(variant)).nll
+    options = {"num_train_epochs": 3, "per_device_eval_batch_size": 100, "learning_rate": 0.0, "weight_decay": 0.0}
+    trainer = make_trainer(model, rows, collator, tmp_path, held_out, eval_strategy="epoch", **options)
+    trainer.train()
+    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(found) == 3 and len(set(found)) == 1 and found[0] == pytest.approx(expected, abs=1e-5)
+    if variant == "prefix":
+        # Those of the training are drawn anew.
+        assert collator.epoch == 2 and len({round(loss, 6) for loss in losses(trainer)}) > 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_continued_pretraining_from_a_saved_model(variant, tmp_path):
     collator = collator_for(variant)
     rows = pack_dataset(counting_documents(100), collator)

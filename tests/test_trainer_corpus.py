@@ -1,5 +1,8 @@
 """Text to train on: reading, splitting, docstrings, and clear errors for what cannot be used."""
 
+import os
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -89,14 +92,44 @@ def test_useless_file_is_named(tmp_path, content, message):
         load_corpus(tmp_path)
 
 
-def test_empty_folder_missing_path_and_unreadable_file(tmp_path):
+def test_empty_folder_missing_path_and_unreadable_file(tmp_path, monkeypatch):
     with pytest.raises(CorpusError, match=r"holds no text$"):
         load_corpus(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"the corpus .*nowhere does not exist"):
         load_corpus(tmp_path / "nowhere")
-    (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
-    with pytest.raises(CorpusError, match=r"link.txt cannot be read: No such file"):
+    file = tmp_path / "a.txt"
+    file.write_text("text", "utf-8")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # A permission bit would not stop the tests of a super-user.
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(CorpusError, match=r"a.txt cannot be read: Permission denied"):
         load_corpus(tmp_path)
+
+
+def test_what_is_no_file_is_skipped_with_a_warning(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("text", "utf-8")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    # Reading it would wait for a writer for ever.
+    os.mkfifo(tmp_path / "pipe")
+    logging.enable_propagation()
+    try:
+        assert [document.name for document in load_corpus(tmp_path)] == ["a.txt", "link.txt"]
+    finally:
+        logging.disable_propagation()
+    assert "2 files of the corpus" in caplog.text and "gone.txt is no file but a broken link" in caplog.text
+    with pytest.raises(CorpusError, match="pipe is neither a file nor a folder"):
+        load_corpus(tmp_path / "pipe")
+
+
+def test_a_file_name_need_not_be_utf_8(tmp_path):
+    for name in (b"gr\xf6sser.txt", b"a.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("text", "utf-8")
+    train, held_out = split_corpus(load_corpus(tmp_path))
+    assert sorted(os.fsencode(document.name) for document in train + held_out) == [b"a.txt", b"gr\xf6sser.txt"]
 
 
 def test_split_depends_on_names_alone():

@@ -13,7 +13,8 @@ class HasEpoch(Protocol):
 
 class SetEpochCallback(TrainerCallback):
     """Tells collators the epoch when it begins, so that each epoch draws anew and a resumed run draws what an
-    unbroken one would have drawn.
+    unbroken one would have drawn. A `Trainer` evaluates with the same collator: give it rows whose prefixes are fixed
+    (`pack_dataset(..., fixed_prefixes=True)`), or `eval_loss` changes with the epoch too.
 
     Args:
         collators: objects with `set_epoch`.

@@ -17,10 +17,12 @@ from transformers.utils import logging
 from minillm.training.documents import (
     IGNORE_INDEX,
     Document,
+    NothingToScoreError,
     Piece,
     cut_by_documents,
     read_answer,
     read_ids,
+    read_prefix_length,
     read_scored,
 )
 from minillm.training.packing import best_fit_decreasing
@@ -51,8 +53,8 @@ class DataCollatorForCausalLM:
         pad_token_id: id at padding. None takes the tokenizer's pad token, else its end token.
         padding: "longest": to the longest row of the batch; "max_length": rows of one length throughout.
         pad_to_multiple_of: rows become a multiple of it; it must divide `max_length`.
-        overlong: a document beyond `max_length` is split into pieces that count as documents of their own, loses its
-            end with a logged warning, or raises.
+        overlong: a document beyond `max_length` is split into pieces that count as documents of their own (a last
+            token alone takes its predecessor along), loses its end with a logged warning, or raises.
         seed: seed of the random draws of the collators that draw; together with the epoch and the document's ids it
             decides them alone, so that neither the order of samples nor the number of workers matters.
 
@@ -75,6 +77,7 @@ class DataCollatorForCausalLM:
     _lost_tokens: int = field(init=False, repr=False, compare=False, default=0)
 
     allowed_overlong = ("split", "truncate", "error")
+    scorable = "a document needs two tokens"
 
     def __post_init__(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -103,13 +106,43 @@ class DataCollatorForCausalLM:
         rows = self.rows(samples)
         batch = self._tensors([[self._document(piece) for piece in row] for row in rows])
         if bool((batch["labels"] == IGNORE_INDEX).all()):
-            raise ValueError(
+            raise NothingToScoreError(
                 f"none of the {len(samples)} samples of this batch holds a token to score: a document needs two tokens"
             )
         return batch
 
-    def rows(self, samples: Sequence[Any]) -> list[list[Piece]]:
-        """The documents of each row, before any random draw. Samples that are rows already come first."""
+    def rows(self, samples: Sequence[Any], leave_out_unscored: bool = False) -> list[list[Piece]]:
+        """The documents of each row, before any random draw. Samples that are rows already come first.
+
+        Args:
+            leave_out_unscored: leave out documents without a token to score, and log how many.
+        """
+        done, loose = self._read_all(samples)
+        if leave_out_unscored:
+            done, loose = self._only_scored(done, loose)
+        if not self.packing:
+            return done + [[piece] for piece in loose]
+        return done + self._pack(loose)
+
+    def _pack(self, pieces: list[Piece]) -> list[list[Piece]]:
+        packed = best_fit_decreasing([len(piece.input_ids) for piece in pieces], self.max_length)
+        return [[pieces[index] for index in row] for row in packed]
+
+    def _only_scored(self, done: list[list[Piece]], loose: list[Piece]) -> tuple[list[list[Piece]], list[Piece]]:
+        kept = [piece for piece in loose if piece.is_scored]
+        kept_rows = [row for row in done if any(piece.is_scored for piece in row)]
+        if not kept and not kept_rows:
+            raise NothingToScoreError("the data set holds no token to score: a document needs two tokens")
+        lost = len(loose) - len(kept) + len(done) - len(kept_rows)
+        if lost:
+            logger.warning(
+                f"{lost} of {len(loose) + len(done)} documents hold no token to score and are left out: a document "
+                "needs two tokens, and labels that are not all -100"
+            )
+        return kept_rows, kept
+
+    def _read_all(self, samples: Sequence[Any]) -> tuple[list[list[Piece]], list[Piece]]:
+        """The samples that are rows already, and the pieces of the others."""
         if len(samples) == 0:
             raise ValueError("the collator was called without samples")
         done: list[list[Piece]] = []
@@ -123,10 +156,7 @@ class DataCollatorForCausalLM:
                 done.append(pieces)
             else:
                 loose.extend(pieces)
-        if not self.packing:
-            return done + [[piece] for piece in loose]
-        packed = best_fit_decreasing([len(piece.input_ids) for piece in loose], self.max_length)
-        return done + [[loose[index] for index in row] for row in packed]
+        return done, loose
 
     def _read(self, sample: Any) -> tuple[list[Piece], bool]:
         """The pieces of a sample, none longer than `max_length`, and whether they form a row already."""
@@ -139,15 +169,38 @@ class DataCollatorForCausalLM:
             raise ValueError(f"a packed row has {len(ids)} tokens; `max_length` is {self.max_length}")
         else:
             spans = cut_by_documents(columns["document_ids"])
-        return [Piece.cut(ids[span], scored[span]) for span in spans], "document_ids" in columns
+        prefix_mask = columns.get("prefix_mask")
+        if prefix_mask is None:
+            return [Piece.cut(ids[span], scored[span]) for span in spans], "document_ids" in columns
+        if not self._marks_prefixes:
+            raise ValueError("a packed row holds prefixes in `prefix_mask`; this collator marks none")
+        return [Piece.cut(ids[span], scored[span], read_prefix_length(prefix_mask[span])) for span in spans], True
 
     def _ids_and_scored(self, sample: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         ids, columns = read_ids(sample)
         return ids, read_scored(ids, columns), columns
 
+    @property
+    def _marks_prefixes(self) -> bool:
+        return "prefix_mask" in self._extra_columns()
+
     def _document(self, piece: Piece) -> Document:
-        """The piece with its prefix, if the collator makes one."""
-        return Document(piece.input_ids, piece.labels, prefix_length=0)
+        """The piece with its prefix, on which nothing is scored."""
+        length = self._prefix_length(piece, self.epoch) if piece.prefix_length is None else piece.prefix_length
+        labels = np.where(np.arange(len(piece.input_ids)) < length, IGNORE_INDEX, piece.labels)
+        return Document(piece.input_ids, labels, length)
+
+    def _prefix_length(self, piece: Piece, epoch: int) -> int:
+        return 0
+
+    def fix_prefixes(self, row: list[Piece]) -> list[Piece]:
+        """The row with the prefixes of epoch 0; as it is, if the collator marks no prefixes or they are fixed."""
+        if not self._marks_prefixes:
+            return row
+        return [
+            piece._replace(prefix_length=self._prefix_length(piece, epoch=0)) if piece.prefix_length is None else piece
+            for piece in row
+        ]
 
     def _fit(self, scored: np.ndarray) -> list[slice]:
         """The spans of a document that are kept: all of it, pieces or a part, as `overlong` says."""
@@ -157,7 +210,8 @@ class DataCollatorForCausalLM:
         if self.overlong == "error":
             raise ValueError(f'a document has {count} tokens; `max_length` is {length} and `overlong` is "error"')
         if self.overlong == "split":
-            return [slice(start, start + length) for start in range(0, count, length)]
+            # A piece of one token would have none to score: it begins with the last token of the piece before it.
+            return [slice(min(start, count - 2), start + length) for start in range(0, count, length)]
         self._count_lost(count - length)
         start = self._kept_start(scored)
         return [slice(start, start + length)]
@@ -176,12 +230,14 @@ class DataCollatorForCausalLM:
                 f"{self._lost_tokens} tokens dropped"
             )
 
-    def _tensors(self, rows: list[list[Document]]) -> dict[str, torch.Tensor]:
-        width = max(sum(len(document.input_ids) for document in row) for row in rows)
-        if self.padding == "max_length":
-            width = max(width, self.max_length)
+    def _width(self, needed: int) -> int:
+        """The slots of all rows of a batch whose longest row needs `needed`."""
+        width = max(needed, self.max_length) if self.padding == "max_length" else needed
         multiple = self.pad_to_multiple_of or 1
-        width = -(-width // multiple) * multiple
+        return -(-width // multiple) * multiple
+
+    def _tensors(self, rows: list[list[Document]]) -> dict[str, torch.Tensor]:
+        width = self._width(max(sum(len(document.input_ids) for document in row) for row in rows))
         fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX, **self._extra_columns()}
         batch = {name: np.full((len(rows), width), fill, np.int64) for name, fill in fills.items()}
         for index, row in enumerate(rows):
@@ -205,8 +261,9 @@ class DataCollatorForPrefixLM(DataCollatorForCausalLM):
     directions, the rest is predicted from left to right (Raffel et al. 2020, section 3.2.1).
 
     Takes and returns what `DataCollatorForCausalLM` does, and `prefix_mask`, 1 inside the prefix. A prefix token sees
-    its successor, so labels are -100 on all of the prefix. A document of n >= 2 tokens gets a prefix of 1 to n-1; the
-    draw follows from (seed, epoch, the document's ids) alone. Add `SetEpochCallback` for new prefixes in each epoch.
+    its successor, so labels are -100 on all of the prefix. A document gets a prefix of at least one token that leaves
+    its last scored one; the draw follows from (seed, epoch, the document's ids) alone. Add `SetEpochCallback` for new
+    prefixes in each epoch, and pack evaluation data with `pack_dataset(..., fixed_prefixes=True)`.
 
     Args:
         prefix_fraction: (lowest, highest) part of a document that may become the prefix; drawn uniformly.
@@ -220,13 +277,11 @@ class DataCollatorForPrefixLM(DataCollatorForCausalLM):
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"`prefix_fraction` is {self.prefix_fraction}; needed: 0 <= lowest <= highest <= 1")
 
-    def _document(self, piece: Piece) -> Document:
+    def _prefix_length(self, piece: Piece, epoch: int) -> int:
         low, high = self.prefix_fraction
-        count = len(piece.input_ids)
-        draw = uniform_draw(self.seed, self.epoch, piece.input_ids)
-        length = int(np.clip((low + (high - low) * draw) * count, 1, max(1, count - 1)))
-        labels = np.where(np.arange(count) < length, IGNORE_INDEX, piece.labels)
-        return Document(piece.input_ids, labels, prefix_length=length)
+        draw = uniform_draw(self.seed, epoch, piece.input_ids)
+        last_scored = np.flatnonzero(piece.labels != IGNORE_INDEX).max(initial=1)
+        return int(np.clip((low + (high - low) * draw) * len(piece.input_ids), 1, last_scored))
 
     def _extra_columns(self) -> dict[str, int]:
         return {**super()._extra_columns(), "prefix_mask": 0}
@@ -257,8 +312,8 @@ class DataCollatorForSFT(DataCollatorForCausalLM):
     def _ids_and_scored(self, sample: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         return read_answer(sample)
 
-    def _document(self, piece: Piece) -> Document:
-        return Document(piece.input_ids, piece.labels, prefix_length=int((piece.labels != IGNORE_INDEX).argmax()))
+    def _prefix_length(self, piece: Piece, epoch: int) -> int:
+        return int((piece.labels != IGNORE_INDEX).argmax())
 
     def _kept_start(self, scored: np.ndarray) -> int:
         prompt = int(scored.argmax())
@@ -269,31 +324,46 @@ class DataCollatorForSFT(DataCollatorForCausalLM):
         return {**super()._extra_columns(), **({"prefix_mask": 0} if self.prompt_is_prefix else {})}
 
 
-def pack_dataset(samples: Any, collator: DataCollatorForCausalLM) -> Any:
+def pack_dataset(samples: Any, collator: DataCollatorForCausalLM, fixed_prefixes: bool = False) -> Any:
     """Packs a whole data set beforehand, so that the number of rows, and with it the steps of a run, is known.
+
+    Documents without a token to score are left out, and a logged warning counts them.
 
     Args:
         samples: a sequence of samples as `collator` takes them; a `datasets.Dataset` gives one back.
         collator: one of the collators here, with `packing`; give the same one to the `Trainer`.
+        fixed_prefixes: keep the prefixes of epoch 0 in the rows, whatever the collator's epoch is, now or later: an
+            evaluation of unchanged weights then repeats itself.
 
     Returns:
-        Rows of at most `max_length` tokens, each a mapping of lists: `input_ids`, `document_ids` and `labels`. The
-        collator takes a row as one sample. `Trainer` keeps these columns, since the model's forward names them.
+        Rows of at most `max_length` tokens, each a mapping of lists: `input_ids`, `document_ids`, `labels`, and
+        `prefix_mask` with `fixed_prefixes` and a collator that marks prefixes. The collator takes a row as one sample.
+        `Trainer` keeps these columns, since the model's forward names them.
 
     Raises:
-        ValueError: no samples, a sample that is not as the collator wants it, or a collator without `packing`.
+        ValueError: no samples, a sample that is not as the collator wants it, nothing to score, or a collator without
+            `packing`.
     """
     if not collator.packing:
         raise ValueError("`pack_dataset` needs a collator with `packing=True`")
-    rows = [
-        {
-            "input_ids": np.concatenate([piece.input_ids for piece in row]).tolist(),
-            "document_ids": np.repeat(np.arange(1, len(row) + 1), [len(piece.input_ids) for piece in row]).tolist(),
-            "labels": np.concatenate([piece.labels for piece in row]).tolist(),
-        }
-        for row in collator.rows(samples)
-    ]
-    return type(samples).from_list(rows) if hasattr(samples, "from_list") else rows
+    rows = collator.rows(samples, leave_out_unscored=True)
+    if fixed_prefixes:
+        rows = [collator.fix_prefixes(row) for row in rows]
+    packed = [_row_columns(row) for row in rows]
+    return type(samples).from_list(packed) if hasattr(samples, "from_list") else packed
+
+
+def _row_columns(row: list[Piece]) -> dict[str, list[int]]:
+    columns = {
+        "input_ids": [piece.input_ids for piece in row],
+        "document_ids": [np.full(len(piece.input_ids), number) for number, piece in enumerate(row, start=1)],
+        "labels": [piece.labels for piece in row],
+    }
+    if row[0].prefix_length is not None:
+        columns["prefix_mask"] = [
+            (np.arange(len(piece.input_ids)) < piece.prefix_length).astype(np.int64) for piece in row
+        ]
+    return {name: np.concatenate(parts).tolist() for name, parts in columns.items()}
 
 
 def uniform_draw(seed: int, epoch: int, ids: np.ndarray) -> float:

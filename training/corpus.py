@@ -57,12 +57,13 @@ def _read_source(path: Path) -> str:
 def load_corpus(path: str | Path | None = None) -> list[TextDocument]:
     """The documents of a text file or of all text files below a folder (UTF-8); without a path the standard library.
 
-    Hidden files and folders are left out. In a folder, files that are no text are skipped with a warning; a lone file
-    is cut into parts at line ends.
+    Hidden files and folders are left out. In a folder, what is no text (also broken links, pipes and sockets) is
+    skipped with a warning; a lone file is cut into parts at line ends.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        CorpusError: a file that cannot be read, a lone file that is empty or no text, a folder without any text.
+        CorpusError: a file that cannot be read, a lone file that is empty or no text, a folder without any text, or
+            something else than a file or folder.
     """
     if path is None:
         return standard_library()
@@ -71,6 +72,8 @@ def load_corpus(path: str | Path | None = None) -> list[TextDocument]:
         raise FileNotFoundError(f"the corpus {path} does not exist")
     if path.is_file():
         return cut_document(TextDocument(path.name, _read_text(path)))
+    if not path.is_dir():
+        raise CorpusError(f"the corpus {path} is neither a file nor a folder")
     return _folder(path)
 
 
@@ -93,10 +96,12 @@ def _folder(root: Path) -> list[TextDocument]:
 
 
 class NotText(CorpusError):
-    """A file that is empty or not UTF-8 text."""
+    """Something that is no file, or a file that is empty or not UTF-8 text."""
 
 
 def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise NotText(f"{path} is no file but a broken link or a special one")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -154,7 +159,8 @@ def split_corpus(
 
 def name_hash(name: str) -> float:
     """A number in [0, 1) that depends on `name` alone."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    # File names need not be UTF-8: Python holds their other bytes as surrogates.
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 

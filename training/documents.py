@@ -8,25 +8,38 @@ import numpy as np
 
 IGNORE_INDEX = -100
 
-MASKS = ("attention_mask", "assistant_masks", "completion_mask")
+MASKS = ("attention_mask", "assistant_masks", "completion_mask", "prefix_mask")
 
-# Model inputs that the collators make themselves: one in a sample would be lost without a word.
+# Model inputs that the collators make themselves: one in a sample would be lost without a word. A packed row may bring
+# the prefixes that were drawn for it.
 MADE_BY_COLLATORS = ("position_ids", "prefix_mask", "block_position_ids")
+
+
+class NothingToScoreError(ValueError):
+    """A batch or a data set without one token to score."""
 
 
 class Piece(NamedTuple):
     """A document, or the part of one that fits into a row: int64 ids and labels, [tokens] each.
 
     Labels are the ids, or -100 where a token is not scored; so always at the first one, which nothing predicts.
+    `prefix_length` is None where the collator is still to choose it.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    prefix_length: int | None = None
 
     @classmethod
-    def cut(cls, input_ids: np.ndarray, scored: np.ndarray) -> "Piece":
+    def cut(cls, input_ids: np.ndarray, scored: np.ndarray, prefix_length: int | None = None) -> "Piece":
         """The piece of these ids, scored where `scored` holds."""
-        return cls(input_ids, np.where(scored & (np.arange(len(input_ids)) > 0), input_ids, IGNORE_INDEX))
+        labels = np.where(scored & (np.arange(len(input_ids)) > 0), input_ids, IGNORE_INDEX)
+        return cls(input_ids, labels, prefix_length)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether any token is."""
+        return bool((self.labels != IGNORE_INDEX).any())
 
 
 class Document(NamedTuple):
@@ -64,18 +77,20 @@ def read_ids(sample: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
     Args:
         sample: token ids, or a mapping with `input_ids` and perhaps `attention_mask` (tokens at 0 are padding and are
-            left out), `labels`, `document_ids`, `assistant_masks` or `completion_mask`, each as long as `input_ids`.
+            left out), `labels`, `document_ids`, `prefix_mask` (only beside `document_ids`), `assistant_masks` or
+            `completion_mask`, each as long as `input_ids`.
 
     Raises:
         ValueError: no or empty `input_ids`, ids that are no integers or negative, a column of another length, or a
-            field that a collator makes itself (`position_ids`, `prefix_mask`, `block_position_ids`).
+            field that a collator makes itself (`position_ids`, `block_position_ids`, `prefix_mask` of a loose sample).
     """
     if not isinstance(sample, Mapping):
         sample = {"input_ids": sample}
     if "input_ids" not in sample:
         raise ValueError(f"a sample needs `input_ids`; it has {sorted(sample) or 'no fields'}")
+    is_row = sample.get("document_ids") is not None
     for name in MADE_BY_COLLATORS:
-        if name in sample:
+        if name in sample and not (is_row and name == "prefix_mask"):
             raise ValueError(f"a sample holds `{name}`, which the collator makes itself: remove this column")
     ids = integers("input_ids", sample["input_ids"])
     columns = {
@@ -159,6 +174,14 @@ def _answer_tokens(sample: Mapping, way: str, ids: np.ndarray, columns: dict[str
     if int(length) != length or not 0 <= length < len(ids):
         raise ValueError(f"`prompt_length` is {length}; a sample of {len(ids)} tokens allows 0 to {len(ids) - 1}")
     return np.arange(len(ids)) >= length
+
+
+def read_prefix_length(mask: np.ndarray) -> int:
+    """The number of leading tokens of a document that its `prefix_mask` marks. ValueError if it marks others."""
+    length = int((mask != 0).sum())
+    if not (mask[:length] != 0).all():
+        raise ValueError("`prefix_mask` of a packed row must be ones, then zeros, in each document")
+    return length
 
 
 def cut_by_documents(document_ids: np.ndarray) -> list[slice]:
