@@ -58,6 +58,7 @@ TOKENIZER_CHARACTERS = 4_000_000
 SAMPLE_CHARACTERS = 2000
 HELD_OUT_ROWS = 160
 LORA_SHARE = 0.25
+LEAST_LORA_STEPS = 4
 PROMPTS = ("def __init__(self", "import ", "    return ")
 
 
@@ -94,7 +95,7 @@ class Demo:
 
     @property
     def lora_steps(self) -> int:
-        return max(1, round(self.settings.steps * LORA_SHARE))
+        return max(LEAST_LORA_STEPS, round(self.settings.steps * LORA_SHARE))
 
     def _read_state(self) -> dict[str, Any]:
         fresh = {"settings": asdict(self.settings), "seconds": 0.0, "stages": {}}
@@ -191,7 +192,7 @@ class Demo:
         return kind(self.tokenizer, max_length=LENGTH, padding="max_length", seed=self.settings.seed)
 
     def held_out_rows(self, collator: DataCollatorForCausalLM, samples: list | None = None) -> list:
-        return pack_dataset(samples or self.held_out_samples, collator)[:HELD_OUT_ROWS]
+        return pack_dataset(samples or self.held_out_samples, collator, fixed_prefixes=True)[:HELD_OUT_ROWS]
 
     def score_baselines(self) -> dict[str, Any]:
         """Unigram and bigram perplexity on the tokens that the causal models score, and on the prefix model's."""
@@ -245,8 +246,6 @@ class Demo:
         rows = pack_dataset(self.train_samples, collator)
         model = self.new_model(fields)
         curve = self.train(name, model, rows, collator, self.settings.steps, learning_rate=4e-3)
-        # A collator of its own: that of the training draws the prefixes of its last epoch by now.
-        collator = self.collator(name)
         score = perplexity(model, self.held_out_rows(collator), collator)
         self.publish(name, model)
         result = {"perplexity": score.perplexity, "tokens": score.num_tokens, "curve": curve}
@@ -265,7 +264,7 @@ class Demo:
             per_device_train_batch_size=BATCH_SIZE,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=max(1, steps // 20),
+            warmup_steps=steps // 20,
             weight_decay=0.1,
             adam_beta2=0.95,
             logging_steps=max(1, steps // 40),

@@ -136,6 +136,13 @@ def choose_objective(options: TrainOptions, config: MiniLLMConfig) -> str:
 
 def build_collator(objective: str, tokenizer: Any, options: TrainOptions, config: Any) -> DataCollatorForCausalLM:
     length = options.max_length or config.max_position_embeddings
+    # The table of learned positions; other schemes have none.
+    rows = config.position_table_size
+    if rows is not None and length > rows:
+        raise ValueError(
+            f"max_length is {length}, but the model has a table of {rows} learned positions "
+            f"(position_table_size={rows}): set --max-length to at most {rows}"
+        )
     common = {"tokenizer": tokenizer, "max_length": length, "seed": options.seed}
     if objective == "sft":
         return DataCollatorForSFT(**common, prompt_is_prefix=config.attention_type == "prefix")
@@ -200,22 +207,23 @@ def go_on_from(checkpoints: Path, options: TrainOptions) -> str | None:
     """
     note = checkpoints / "options.json"
     now = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-    if note.exists():
-        then = json.loads(note.read_text("utf-8"))
-        differing = {name: value for name, value in then.items() if now.get(name) != value}
-        if differing:
-            raise ValueError(
-                f"{checkpoints} was begun with other options ({differing}): repeat them, remove it, or choose another "
-                "--out"
-            )
-    else:
+    if not note.exists():
         require_free(checkpoints)
+    checkpoint = last_complete_checkpoint(checkpoints)
+    if checkpoint is None:
+        # Nothing is lost of a run that failed before its first checkpoint, so its options do not bind.
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps(now, indent=2))
-    checkpoint = last_complete_checkpoint(checkpoints)
-    if checkpoint is not None:
-        say(f"going on from {checkpoint}")
-    return None if checkpoint is None else str(checkpoint)
+        return None
+    then = json.loads(note.read_text("utf-8"))
+    differing = {name: value for name, value in then.items() if now.get(name) != value}
+    if differing:
+        raise ValueError(
+            f"{checkpoints} was begun with other options ({differing}): repeat them, remove it, or choose another "
+            "--out"
+        )
+    say(f"going on from {checkpoint}")
+    return str(checkpoint)
 
 
 def training_arguments(options: TrainOptions, checkpoints: Path) -> TrainingArguments:
@@ -229,7 +237,7 @@ def training_arguments(options: TrainOptions, checkpoints: Path) -> TrainingArgu
         per_device_train_batch_size=options.batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, options.max_steps // 20),
+        warmup_steps=options.max_steps // 20,
         weight_decay=0.1,
         logging_steps=max(1, options.max_steps // 50),
         save_steps=max(1, options.max_steps // 5),
@@ -252,7 +260,8 @@ def run(options: TrainOptions) -> None:
     objective = choose_objective(options, model.config)
     collator = build_collator(objective, tokenizer, options, model.config)
     train_samples, held_out = read_samples(options, objective, tokenizer)
-    rows, held_out_rows = pack_dataset(train_samples, collator), pack_dataset(held_out, collator)
+    rows = pack_dataset(train_samples, collator)
+    held_out_rows = pack_dataset(held_out, collator, fixed_prefixes=True)
     say(f"{len(rows)} rows to train on, {len(held_out_rows)} held out, objective {objective}")
     if options.lora:
         from peft import LoraConfig, get_peft_model
@@ -268,7 +277,6 @@ def run(options: TrainOptions) -> None:
     with replaced_folder(options.out) as partial:
         trainer.model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    # A collator of its own: that of the training draws prefixes of its last epoch by now.
-    score = perplexity(trainer.model, held_out_rows, build_collator(objective, tokenizer, options, model.config))
+    score = perplexity(trainer.model, held_out_rows, collator)
     say(f"held-out perplexity {score.perplexity:.2f} on {score.num_tokens:,} tokens")
     say(f"written: {options.out} (checkpoints: {checkpoints})")

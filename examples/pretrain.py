@@ -64,19 +64,20 @@ def main(
         per_device_train_batch_size=4,
         learning_rate=4e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
+        warmup_steps=steps // 20,
         logging_steps=max(1, steps // 20),
         save_strategy="no",
         disable_tqdm=True,
         report_to="none",
     )
     rows = pack_dataset(tokenize_documents(train, tokenizer), collator)
+    held_out_rows = pack_dataset(tokenize_documents(held_out, tokenizer), collator, fixed_prefixes=True)
     Trainer(model, arguments, collator, rows, callbacks=[SetEpochCallback(collator)]).train()
     # `Trainer.save_model` would put its pickled arguments beside the weights.
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
-    score = perplexity(model, tokenize_documents(held_out, tokenizer), kind(tokenizer, max_length=length))
+    score = perplexity(model, held_out_rows, collator)
     print(f"held-out perplexity {score.perplexity:.2f} on {score.num_tokens} tokens")
 
 

@@ -55,7 +55,7 @@ def main(
         max_steps=steps,
         per_device_train_batch_size=2,
         learning_rate=5e-3,
-        warmup_steps=max(1, steps // 20),
+        warmup_steps=steps // 20,
         logging_steps=max(1, steps // 20),
         save_strategy="no",
         disable_tqdm=True,

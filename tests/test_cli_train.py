@@ -243,6 +243,37 @@ def test_an_interrupted_run_goes_on_to_the_same_end(lora, models, corpus, tmp_pa
     assert_same_weights(*loaded)
 
 
+@pytest.mark.parametrize("broken", [False, True], ids=["none", "cut-off"])
+def test_a_run_that_failed_before_its_first_checkpoint_does_not_bind(broken, models, corpus, tmp_path, monkeypatch):
+    arguments = ("train", "--model", models["causal"], "--data", corpus, "--out", tmp_path / "out", *SHORT)
+    with monkeypatch.context() as patch:
+        interrupt_at(1, patch)
+        assert invoke(*arguments, "--seed", 1).exit_code == 130
+    checkpoints = tmp_path / "out-checkpoints"
+    assert tree(checkpoints) == ["options.json"]
+    if broken:
+        (checkpoints / "checkpoint-1").mkdir()
+        (checkpoints / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
+    told = succeed(*arguments, "--seed", 2)
+    assert len(losses(told)) == 6 and "going on" not in told
+    assert json.loads((checkpoints / "options.json").read_text("utf-8"))["seed"] == 2
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["whole", "lora"])
+def test_a_run_of_one_step_trains(lora, models, corpus, tmp_path):
+    out = tmp_path / "out"
+    options = ("--max-steps", 1, "--batch-size", 4, "--seed", 1, *lora)
+    succeed("train", "--model", models["causal"], "--data", corpus, "--out", out, *options)
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (models["causal"], out))
+    if lora:
+        # A fresh adapter's second matrices are zero.
+        second = [tensor for name, tensor in weights(after).items() if "lora_B" in name]
+        assert second and all(tensor.abs().max() > 0 for tensor in second)
+    else:
+        changed = {name for name, tensor in weights(after).items() if not torch.equal(tensor, weights(before)[name])}
+        assert changed == set(weights(before))
+
+
 def test_checkpoints_of_other_options_are_not_taken(models, corpus, tmp_path, monkeypatch):
     arguments = ("train", "--model", models["causal"], "--data", corpus, "--out", tmp_path / "out", *SHORT)
     with monkeypatch.context() as patch:

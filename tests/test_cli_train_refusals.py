@@ -154,3 +154,20 @@ def test_models_that_cannot_be_trained_are_named(models, corpus, tmp_path):
     told = fail("train", "--model", tmp_path / "adapter", "--data", corpus, "--out", out)
     assert "is an adapter: merge it with `minillm export" in told
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("scheme", "rows"), [("learned", 64), ("glm_2d", 65)])
+def test_rows_longer_than_a_table_of_positions_are_refused_before_any_work(scheme, rows, corpus, tmp_path):
+    model = save_small_model(tmp_path / "model", position_embedding_type=scheme)
+    out = tmp_path / "out"
+    # The data are not even read.
+    arguments = ("train", "--model", model, "--out", out, "--data", tmp_path / "nowhere", "--max-length")
+    told = fail(*arguments, rows + 1)
+    assert f"max_length is {rows + 1}, but the model has a table of {rows} learned positions" in told
+    assert "nowhere does not exist" in fail(*arguments, rows)
+    assert not out.exists() and not (tmp_path / "out-checkpoints").exists()
+    options = ("--max-steps", 1, "--batch-size", 1, "--max-length")
+    succeed("train", "--model", model, "--out", out, "--data", corpus, *options, rows)
+    # Schemes without a table take any length.
+    other = save_small_model(tmp_path / "other", position_embedding_type="alibi")
+    succeed("train", "--model", other, "--out", tmp_path / "long", "--data", corpus, *options, rows + 1)
