@@ -2,6 +2,7 @@
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.markup import escape
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.capabilities import DIRECTIONS, KINDS, refusal
 from minillm.cli.console import console, say
-from minillm.cli.loading import load_pretrained
+from minillm.cli.loading import adapter_config, load_pretrained
 from minillm.configuration.presets import PRESETS
 from minillm.description import describe
 
@@ -81,16 +82,47 @@ def refusal_reasons(config: MiniLLMConfig, implementation: str) -> list[str]:
     return list(dict.fromkeys(reason for reason in found if reason))
 
 
+def find_adapter(name: str) -> dict[str, Any] | None:
+    """The config of the adapter in a folder or repository; None for a model, a config file or a preset."""
+    if Path(name).is_file() or ("/" not in name and not Path(name).exists()):
+        return None
+    return adapter_config(name)
+
+
+def adapter_words(name: str, adapter: dict[str, Any]) -> dict[str, str]:
+    """What an adapter is, topic by topic."""
+    kind, base = adapter.get("peft_type"), adapter.get("base_model_name_or_path")
+    words = {
+        "kind": f"{kind} adapter: changes to a base model, no model of its own",
+        "base model": base or "not named",
+    }
+    if kind == "LORA":
+        words["rank"] = f"{adapter['r']} (alpha {adapter['lora_alpha']}, dropout {adapter['lora_dropout']})"
+    for topic, key in (
+        ("changed modules", "target_modules"),
+        ("modules trained whole", "modules_to_save"),
+        ("tokens whose rows are trained", "trainable_token_indices"),
+    ):
+        if found := adapter.get(key):
+            words[topic] = found if isinstance(found, str) else ", ".join(sorted(map(str, found)))
+    return words | {"to merge it": f"minillm export {base or 'BASE'} OUT --adapter {name}"}
+
+
+def print_words(name: str, words: dict[str, str]) -> None:
+    table = Table("", "", show_header=False, title=escape(name))
+    for topic, phrase in words.items():
+        table.add_row(topic, escape(phrase))
+    console.print(table)
+
+
 def print_info(name: str) -> None:
-    """Prints a config in words: mask, positions, norms, sizes, cache and back ends."""
+    """Prints a config in words: mask, positions, norms, sizes, cache and back ends; of an adapter, what it changes."""
+    if (adapter := find_adapter(name)) is not None:
+        print_words(name, adapter_words(name, adapter))
+        return
     config = find_config(name)
-    words = Table("", "", show_header=False, title=escape(name))
-    for topic, phrase in describe(config).items():
-        words.add_row(topic, phrase)
-    words.add_row("parameters", f"{count_parameters(config):,}")
     cached = f"{cache_bytes_per_token(config):,} bytes per token in 16 bits" if config.use_cache else "none"
-    words.add_row("cache", cached)
-    console.print(words)
+    print_words(name, {**describe(config), "parameters": f"{count_parameters(config):,}", "cache": cached})
     table = Table("attention back end", "cpu", "cuda", "why not")
     for implementation in (*KINDS, "others"):
         on = [served(config, implementation, device) for device in ("cpu", "cuda")]

@@ -1,4 +1,5 @@
-"""The `minillm` command. Heavy imports stand inside the commands, so that `--help` answers at once."""
+"""The `minillm` command. What a command alone needs is imported inside it; `minillm` itself, and with it torch and
+transformers, is imported before any, which takes some seconds."""
 
 from enum import Enum
 from pathlib import Path

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cli_cases import MIXED_TEXT, fail, invoke, python_source, save_small_model, succeed, tree
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import minillm
@@ -126,6 +127,25 @@ def test_info_counts_a_sliding_window_and_a_model_without_cache(tmp_path):
     MiniLLMConfig(sliding_window=7, use_cache=False).save_pretrained(tmp_path)
     told = succeed("info", tmp_path)
     assert "window of 7 tokens" in told and re.search(r"cache\s+│\s+none", told)
+
+
+def test_info_says_what_an_adapter_is(tmp_path):
+    base = save_small_model(tmp_path / "base")
+    config = LoraConfig(
+        r=3, lora_alpha=7, target_modules=["v_proj", "q_proj"], trainable_token_indices=[5], task_type="CAUSAL_LM"
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    rows = {row[0]: row[1] for row in map(cells, succeed("info", tmp_path / "adapter").splitlines()) if len(row) > 1}
+    assert rows == {
+        "kind": "LORA adapter: changes to a base model, no model of its own",
+        "base model": str(base),
+        "rank": "3 (alpha 7, dropout 0.0)",
+        "changed modules": "q_proj, v_proj",
+        "tokens whose rows are trained": "5",
+        "to merge it": f"minillm export {base} OUT --adapter {tmp_path / 'adapter'}",
+    }
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{", "utf-8")
+    assert "adapter holds no adapter that can be loaded" in fail("info", tmp_path / "adapter")
 
 
 def test_info_refuses_what_is_no_minillm_model(tmp_path):
