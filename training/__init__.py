@@ -17,15 +17,20 @@ from minillm.training.corpus import (
     standard_library,
     tokenize_documents,
 )
+from minillm.training.glm_collator import DataCollatorForGLM
+from minillm.training.span_masking import GLMSample, corrupt
 from minillm.training.vocabulary import resize_for_vocabulary
 
 __all__ = [
     "CorpusError",
     "DataCollatorForCausalLM",
+    "DataCollatorForGLM",
     "DataCollatorForPrefixLM",
     "DataCollatorForSFT",
+    "GLMSample",
     "SetEpochCallback",
     "TextDocument",
+    "corrupt",
     "cut_document",
     "docstring_prose",
     "load_corpus",

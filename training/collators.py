@@ -107,7 +107,7 @@ class DataCollatorForCausalLM:
         batch = self._tensors([[self._document(piece) for piece in row] for row in rows])
         if bool((batch["labels"] == IGNORE_INDEX).all()):
             raise NothingToScoreError(
-                f"none of the {len(samples)} samples of this batch holds a token to score: a document needs two tokens"
+                f"none of the {len(samples)} samples of this batch holds a token to score: {self.scorable}"
             )
         return batch
 
@@ -132,12 +132,12 @@ class DataCollatorForCausalLM:
         kept = [piece for piece in loose if piece.is_scored]
         kept_rows = [row for row in done if any(piece.is_scored for piece in row)]
         if not kept and not kept_rows:
-            raise NothingToScoreError("the data set holds no token to score: a document needs two tokens")
+            raise NothingToScoreError(f"the data set holds no token to score: {self.scorable}")
         lost = len(loose) - len(kept) + len(done) - len(kept_rows)
         if lost:
             logger.warning(
-                f"{lost} of {len(loose) + len(done)} documents hold no token to score and are left out: a document "
-                "needs two tokens, and labels that are not all -100"
+                f"{lost} of {len(loose) + len(done)} documents hold no token to score and are left out: "
+                f"{self.scorable}, and labels that are not all -100"
             )
         return kept_rows, kept
 
