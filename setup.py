@@ -20,7 +20,8 @@ PACKAGES = {
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "modeling_minillm" / "version.py").read_text("utf-8"), re.M)[1]
 TRAIN = ["datasets>=3.0", "matplotlib>=3.8"]
 EVAL = ["lm-eval>=0.4.9"]
-TEST = [*TRAIN, "pytest>=8", "pytest-xdist>=3.6", "optimum-quanto>=0.2.7", "trl>=1.0"]
+GGUF = ["gguf>=0.17"]
+TEST = [*TRAIN, *GGUF, "pytest>=8", "pytest-xdist>=3.6", "optimum-quanto>=0.2.7", "trl>=1.0"]
 
 setup(
     name="minillm-hf",
@@ -44,6 +45,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "gguf": GGUF,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "pre-commit>=4", "build>=1.2"],
     },

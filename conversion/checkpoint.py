@@ -11,11 +11,13 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from minillm.conversion.family import ConversionError
 
 MAX_SHARD_SIZE = "2GB"
 CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 # What carries a tokenizer and the way of generating, beside what a tokenizer's own config names.
 CARRIED = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
@@ -63,6 +65,16 @@ class Checkpoint:
             with safe_open(file, "pt") as opened:
                 return opened.get_tensor(name).clone()
         return self._unpickled(file)[name].clone()
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        if not (self.folder / GENERATION_CONFIG_NAME).is_file():
+            return None
+        return GenerationConfig.from_pretrained(self.folder)
+
+    def carry_over(self, target: Path) -> None:
+        """Copies tokenizer and generation config, with the code that the tokenizer's config names."""
+        carry_over(self.folder, target)
 
     def _shapes_in(self, file: Path) -> Iterator[tuple[str, list[int]]]:
         try:

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import CONFIG_MAPPING
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.conversion.checkpoint import (
     CONFIG_NAME,
     MAX_SHARD_SIZE,
     Checkpoint,
-    carry_over,
     local_folder,
     write_weights,
 )
 from minillm.conversion.families import BLOOM, FALCON, GLM, GPT2, LLAMA, MIXTRAL, MPT
 from minillm.conversion.family import ConversionError, Family, NameMapping
+from minillm.conversion.gguf_file import GGUFCheckpoint
 from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
 from minillm.hub import CARD_NAME, complete_generation_config, model_card, replaced_folder
 
@@ -118,7 +118,11 @@ class Plan:
     """
 
     def __init__(
-        self, checkpoint: Any, family: str | None, ignore_keys: Iterable[str], overrides: dict[str, Any]
+        self,
+        checkpoint: Checkpoint | GGUFCheckpoint,
+        family: str | None,
+        ignore_keys: Iterable[str],
+        overrides: dict[str, Any],
     ) -> None:
         raw = {key: value for key, value in checkpoint.config.items() if key not in set(ignore_keys)}
         raw["_name_or_path"] = raw.get("_name_or_path") or checkpoint.folder.resolve().name
@@ -183,43 +187,11 @@ def some(names: list[str]) -> str:
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-class LoadedCheckpoint:
-    """A native model in memory, as a checkpoint: what a GGUF file becomes by transformers' own reader."""
-
-    def __init__(self, file: Path) -> None:
-        self.folder = file.parent
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
-            self.tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        except (ImportError, ValueError, OSError, KeyError) as error:
-            raise ConversionError(f"{file} cannot be read: {error}") from error
-        self.config = model.config.to_dict()
-        self.config.pop("quantization_config", None)
-        self.generation_config = model.generation_config
-        self.tensors = model.state_dict()
-        if model.config.tie_word_embeddings:
-            del self.tensors[HEAD]
-        self.shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
-        self.names = self.tensors.keys()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-    def carry_over(self, target: Path) -> None:
-        self.tokenizer.save_pretrained(target)
-        self.generation_config.save_pretrained(target)
-
-
-def open_checkpoint(source: str | Path, revision: str | None) -> Any:
+def open_checkpoint(source: str | Path, revision: str | None) -> Checkpoint | GGUFCheckpoint:
     if str(source).endswith(".gguf"):
         if not Path(source).is_file():
             raise ConversionError(f"{source} does not exist")
-        return LoadedCheckpoint(Path(source))
+        return GGUFCheckpoint(Path(source))
     return Checkpoint(local_folder(source, revision))
 
 
@@ -250,9 +222,8 @@ def load(
     tensors = {name: make(name) for name in plan.targets}
     plan.config.dtype = kept = tensors["model.embed_tokens.weight"].dtype
     model = MiniLLMForCausalLM.from_pretrained(None, config=plan.config, state_dict=tensors, dtype=kept)
-    settings = plan.checkpoint.folder / "generation_config.json"
-    if settings.is_file():
-        model.generation_config = GenerationConfig.from_pretrained(plan.checkpoint.folder)
+    if plan.checkpoint.generation_config is not None:
+        model.generation_config = plan.checkpoint.generation_config
     return model
 
 
@@ -294,10 +265,7 @@ def convert(
         with torch.device("meta"):
             model = MiniLLMForCausalLM(plan.config)
         model_card(model).save(folder / CARD_NAME)
-        if isinstance(checkpoint, LoadedCheckpoint):
-            checkpoint.carry_over(folder)
-        else:
-            carry_over(checkpoint.folder, folder)
+        checkpoint.carry_over(folder)
         if not (folder / "generation_config.json").exists():
             complete_generation_config(model)
             model.generation_config.save_pretrained(folder)
@@ -369,7 +337,7 @@ def export(
             CONFIG_MAPPING[target.model_type].from_dict(native_config).save_pretrained(folder)
         else:
             (folder / CONFIG_NAME).write_text(json.dumps(native_config, indent=2) + "\n", "utf-8")
-        carry_over(checkpoint.folder, folder)
+        checkpoint.carry_over(folder)
     return native_config
 
 

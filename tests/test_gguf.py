@@ -1,0 +1,223 @@
+"""GGUF files: a tiny LLaMA becomes a MiniLLM with equal logits; what transformers' reader passes over is refused."""
+
+import json
+import sys
+
+import gguf
+import pytest
+import torch
+from cli_cases import invoke
+from native_families import LLAMA, native_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from minillm.conversion import ConversionError, convert, load
+
+SPECIAL = ["<pad>", "<s>", "</s>"]
+TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
+TEXT = "the quick brown fox jumps over the lazy dog, and the lazy dog jumps over the quick brown fox"
+
+
+def byte_level_tokenizer(size):
+    """A byte-level BPE of `size` tokens, for the characters of `TEXT` only."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL))
+    assert backend.get_vocab_size() == size
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def in_order_of_gguf(weight, heads):
+    """Queries and keys with the two halves of each head interleaved, as llama.cpp's RoPE wants them."""
+    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def settings_of(config):
+    return {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.dimension_count": config.head_dim,
+        "rope.scaling.type": "none",
+        "vocab_size": config.vocab_size,
+    }
+
+
+def add_tokenizer(writer, tokenizer, add_bos):
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<") else 1 for token in tokens])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_unk_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(add_bos)
+    writer.add_chat_template(TEMPLATE)
+
+
+def write_gguf(
+    file, native, quantization=None, architecture="llama", leave_out=(), tensors=None, add_bos=False, **changes
+):
+    """Writes a native LLaMA; a setting of None is left out."""
+    writer = gguf.GGUFWriter(file, architecture)
+    settings = {f"{architecture}.{key}": value for key, value in settings_of(native.config).items()}
+    kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (settings | changes).items():
+        if value is not None:
+            kinds[type(value)](key, value)
+    add_tokenizer(writer, byte_level_tokenizer(native.config.vocab_size), add_bos)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, native.config.num_hidden_layers)
+    heads = {"q_proj": native.config.num_attention_heads, "k_proj": native.config.num_key_value_heads}
+    for name, tensor in native.state_dict().items():
+        if (name == "lm_head.weight" and native.config.tie_word_embeddings) or name in leave_out:
+            continue
+        module = name.split(".")[-2]
+        array = in_order_of_gguf(tensor, heads[module]) if module in heads else tensor
+        data = array.contiguous().numpy()
+        kind = quantization if data.ndim == 2 else None
+        if kind is not None:
+            data = gguf.quantize(data, kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def logits_of(model):
+    ids = torch.tensor([[3, 9, 4, 33, 21, 7]])
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A native LLaMA and the name of a file to write."""
+    return native_model("llama_gqa_tied"), tmp_path / "tiny.gguf"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_gqa_tied", "llama_mqa"])
+def test_logits_tokenizer_and_generation_config(name, tmp_path):
+    native = native_model(name.replace("mqa", "gqa_tied"))
+    if name == "llama_mqa":
+        fields = {"num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+        native = LlamaForCausalLM(LlamaConfig(**LLAMA, **fields, rope_parameters={"rope_theta": 500.0}))
+    file = write_gguf(tmp_path / "tiny.gguf", native)
+    result = invoke("convert", "--from", file, "--to", tmp_path / "ours")
+    assert result.exit_code == 0, (result.output, result.exception)
+    model, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), load(file)
+    assert type(model).__name__ == "MiniLLMForCausalLM" and model.dtype == torch.float32
+    for each in (model, loaded):
+        torch.testing.assert_close(logits_of(each), logits_of(native), atol=1e-5, rtol=0)
+        assert each.generation_config.eos_token_id == 2 and each.generation_config.pad_token_id == 0
+    tokenizer, original = AutoTokenizer.from_pretrained(tmp_path / "ours"), byte_level_tokenizer(64)
+    ids = original(TEXT)["input_ids"]
+    assert len(ids) < len(TEXT) / 2
+    assert tokenizer(TEXT)["input_ids"] == ids and tokenizer.decode(ids) == TEXT
+    assert len(tokenizer) == 64
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "line"}], tokenize=False) == "<s>line</s>"
+
+
+def test_the_begin_token_is_added_where_the_file_says_so(llama, tmp_path):
+    native, file = llama
+    convert(write_gguf(file, native, add_bos=True), tmp_path / "ours")
+    ids = byte_level_tokenizer(64)(TEXT)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")(TEXT)["input_ids"] == [1, *ids]
+
+
+def test_quantized_weights_are_what_transformers_makes_of_them(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    torch.manual_seed(0)
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "initializer_range": 0.15}
+    native = LlamaForCausalLM(LlamaConfig(**LLAMA | fields))
+    write_gguf(file, native, gguf.GGMLQuantizationType.Q8_0)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    assert (logits_of(expected) - logits_of(native)).abs().max() > 1e-3
+    torch.testing.assert_close(logits_of(load(file)), logits_of(expected), atol=1e-5, rtol=0)
+    assert load(file, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.rope.scaling.type": "linear"}, r"llama\.rope\.scaling\.type='linear'"),
+        ({"llama.rope.scaling.factor": 4.0}, r"llama\.rope\.scaling\.factor=4\.0"),
+        ({"llama.expert_count": 8}, r"llama\.expert_count=8"),
+        ({"llama.attention.key_length": 16}, r"llama\.attention\.key_length=16"),
+        ({"llama.attention.head_count_kv": None}, r"lacks `llama\.attention\.head_count_kv`"),
+        ({"split.count": 2}, r"split\.count=2"),
+    ],
+    ids=str,
+)
+def test_settings_that_transformers_passes_over_are_named(changes, message, llama, tmp_path):
+    native, file = llama
+    write_gguf(file, native, **changes)
+    with pytest.raises(ConversionError, match=message):
+        load(file)
+    result = invoke("convert", "--from", file, "--to", tmp_path / "ours")
+    assert result.exit_code == 1 and next(iter(changes)) in result.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_setting_is_vouched_for_and_said_in_the_fields_of_the_config(llama):
+    """As for a Llama 3.1, whose file holds the factors of its frequencies as a tensor."""
+    native, file = llama
+    fields = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    stretched = fields | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    write_gguf(file, native, tensors={"rope_freqs.weight": torch.ones(4)})
+    with pytest.raises(ConversionError, match=r"rope_freqs\.weight"):
+        load(file)
+    expected = type(native)(type(native.config)(**native.config.to_dict() | {"rope_parameters": stretched}))
+    expected.load_state_dict(native.state_dict())
+    found = load(file, ignore_keys=["rope_freqs.weight"], rope_parameters=stretched)
+    torch.testing.assert_close(logits_of(found), logits_of(expected), atol=1e-5, rtol=0)
+    assert not torch.allclose(logits_of(native), logits_of(expected), atol=1e-2)
+
+
+def test_tensors_that_are_missing_or_unknown_are_named(llama):
+    native, file = llama
+    write_gguf(file, native, leave_out={"model.layers.1.mlp.up_proj.weight"})
+    with pytest.raises(ConversionError, match=r"lacks `model\.layers\.1\.mlp\.up_proj\.weight`"):
+        load(file)
+    write_gguf(file, native, tensors={"blk.0.attn_q.bias": torch.ones(48)})
+    with pytest.raises(ConversionError, match=r"blk\.0\.attn_q\.bias"):
+        load(file)
+
+
+def test_other_architectures_and_broken_files_are_named(llama):
+    native, file = llama
+    write_gguf(file, native, architecture="qwen2")
+    with pytest.raises(ConversionError, match="holds a 'qwen2'"):
+        load(file)
+    write_gguf(file, native)
+    whole = file.read_bytes()
+    for part in (whole[:-1000], whole[:3000], b"", b"GGUF", b"x" * 3000):
+        file.write_bytes(part)
+        with pytest.raises(ConversionError, match=r"tiny\.gguf cannot be read"):
+            load(file)
+    with pytest.raises(ConversionError, match=r"none\.gguf does not exist"):
+        load(file.with_name("none.gguf"))
+
+
+def test_without_the_package_the_line_that_installs_it_is_said(llama, monkeypatch):
+    native, file = llama
+    write_gguf(file, native)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConversionError, match="pip install gguf"):
+        load(file)
