@@ -82,6 +82,9 @@ def test_examples_run_and_print_what_is_written(tmp_path):
             check=False,
         )
     assert done.returncode == 0, done.stderr[-3000:]
+    # What is published holds no pickle.
+    for folder in ("my-model", "my-adapter", "my-merged-model"):
+        assert not [path for path in (tmp_path / folder).iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     printed = [block.strip() for block in done.stdout.split("--- end of block")[:-1]]
     # Trainer prints its log as dictionaries and tables between the lines of the example.
     kept = ["\n".join(line for line in block.splitlines() if not line.startswith("{")) for block in printed]
