@@ -37,6 +37,7 @@ from minillm.capabilities import check
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
+from minillm.infilling import MiniLLMInfillingMixin
 from minillm.initialization import initialize, mark_gains
 from minillm.loss import join_router_loss, refuse_router_logits
 from minillm.masks import build_attention_inputs, require
@@ -293,7 +294,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             )
 
 
-class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMGenerationMixin, GenerationMixin):
+class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMInfillingMixin, MiniLLMGenerationMixin, GenerationMixin):
     """The decoder with an output head over the vocabulary."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

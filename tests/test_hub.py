@@ -30,7 +30,7 @@ def test_exported_files_import_only_what_travels():
 
 
 def test_tokenizer_stands_alone():
-    assert set(exported_sources([TOKENIZATION])) == {"tokenization_minillm.py"}
+    assert set(exported_sources([TOKENIZATION])) == {"tokenization_minillm.py", "glm_layout.py"}
 
 
 def test_auto_map_names_every_public_model_class(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minillm.tokenization import tokenization_minillm
+from minillm.tokenization import glm_layout, tokenization_minillm
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
 MODELS = ["byte_bpe", "sentencepiece_bpe", "unigram", "wordpiece"]
@@ -258,12 +258,10 @@ print(json.dumps([[type(t).__name__, t.encode(text), [getattr(t, name) for name 
 """
 
 
-def test_the_flat_file_serves_a_stranger(tokenizers, tmp_path):
-    """A folder with the one source file loads in a process that cannot import the plug-in, and saves again."""
+def test_the_flat_files_serve_a_stranger(tokenizers, tmp_path):
+    """A saved folder loads in a process that cannot import the plug-in, and saves again."""
     tokenizer = tokenizers["unigram"]
     tokenizer.save_pretrained(tmp_path)
-    source = Path(tokenization_minillm.__file__)
-    (tmp_path / source.name).write_text(source.read_text("utf-8"), "utf-8")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
     config["auto_map"] = {"AutoTokenizer": [None, "tokenization_minillm.MiniLLMTokenizer"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
@@ -280,15 +278,22 @@ def test_the_flat_file_serves_a_stranger(tokenizers, tmp_path):
     assert json.loads(result.stdout.splitlines()[-1]) == [expected, expected]
 
 
-def test_the_flat_file_stands_alone():
-    """Only the standard library, tokenizers and transformers are imported."""
-    source = Path(tokenization_minillm.__file__).read_text("utf-8")
-    roots = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
-    assert roots - set(sys.stdlib_module_names) == {"tokenizers", "transformers"}
+def test_the_flat_files_stand_alone():
+    """Only the standard library, tokenizers and transformers are imported, and the one file by the other."""
+    roots = {}
+    for module in (tokenization_minillm, glm_layout):
+        lines = Path(module.__file__).read_text("utf-8").splitlines()
+        modules = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
+        roots[module] = {module for module in modules if module.partition(".")[0] not in sys.stdlib_module_names}
+    assert roots == {
+        tokenization_minillm: {"tokenizers", "transformers", "transformers.utils", "minillm.tokenization.glm_layout"},
+        glm_layout: {"transformers"},
+    }
 
 
 def test_no_private_method_of_the_base_class_is_overridden():
-    own = {name for name in vars(MiniLLMTokenizer) if name.startswith("_") and not name.startswith("__")}
+    added = [*vars(MiniLLMTokenizer), *vars(glm_layout.GLMInputsMixin)]
+    own = {name for name in added if name.startswith("_") and not name.startswith("__")}
     assert not {name for name in own if hasattr(PreTrainedTokenizerFast, name)} - {"_auto_class"}
     assert "__init__" not in vars(MiniLLMTokenizer)
 

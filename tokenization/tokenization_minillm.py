@@ -1,6 +1,7 @@
 """MiniLLM's tokenizer: four subword models on the `tokenizers` back end, GLM's special tokens by name, training.
 
-The file stands alone (standard library, `tokenizers` and transformers only), since it travels with a checkpoint.
+Beside `glm_layout.py` it imports the standard library, `tokenizers` and transformers only, since it travels with a
+checkpoint.
 """
 
 import json
@@ -13,6 +14,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
+
+from minillm.tokenization.glm_layout import GLMInputsMixin
 
 logger = logging.get_logger(__name__)
 
@@ -314,7 +317,7 @@ def read_text_files(files: Iterable[Path]) -> Iterator[str]:
                 offset += len(chunk)
 
 
-class MiniLLMTokenizer(PreTrainedTokenizerFast):
+class MiniLLMTokenizer(GLMInputsMixin, PreTrainedTokenizerFast):
     """Tokenizer of MiniLLM models.
 
     Subword models: byte-level BPE (Radford et al. 2019, section 2.2), BPE with U+2581 for blanks and byte fallback as
@@ -326,7 +329,8 @@ class MiniLLMTokenizer(PreTrainedTokenizerFast):
 
     Beside the usual special tokens it knows GLM's (Du et al. 2022, section 2.1; Zeng et al. 2022, section 2.2) by
     name, each with an `_id`: `mask_token`, `gmask_token`, `smask_token`, `sop_token` (a span begins), `eop_token` (a
-    span ends). A token that a checkpoint lacks is None.
+    span ends). A token that a checkpoint lacks is None. `build_glm_inputs` makes a model's inputs from texts with
+    blanks.
 
     Encoding adds no special token: collators set the end token themselves, and chats come with theirs from the chat
     template. Padding is on the right, as training wants it; set `padding_side="left"` to generate from a batch.
