@@ -91,7 +91,8 @@ def ngram_perplexity(
     for batch in batches(dataset, collator, batch_size):
         ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
         row, token = np.nonzero(labels[:, 1:] != IGNORE_INDEX)
-        previous, tokens = ids[row, token], ids[row, token + 1]
+        # Not the id in that slot: GLM's end tokens are labels only.
+        previous, tokens = ids[row, token], labels[row, token + 1]
         _ids(tokens, ngram.vocab_size)
         total -= ngram.log_prob(previous, tokens).sum()
         count += len(tokens)
