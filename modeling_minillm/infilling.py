@@ -175,11 +175,47 @@ def require_room(config: MiniLLMConfig, number: int, row: GLMRow, new_tokens: in
             )
 
 
+def open_row(
+    context: GLMContext, done: dict[int, list[int]], blank: int, tokens: GLMTokens, counting: Sequence[int | None]
+) -> GLMRow:
+    """A context, the spans that are filled by the index of their blank, and the start token of the next."""
+    return lay_out_row(context.input_ids, [*done.items(), (blank, [])], tokens.sop, None, counting)
+
+
+def candidate_rows(
+    contexts: Sequence[GLMContext],
+    candidates: Sequence[Sequence[list[int]]],
+    sop_token_id: int,
+    end_label: int | None,
+    counting: Sequence[int | None],
+) -> list[tuple[int, GLMRow]]:
+    """The number of its text and a row for each candidate (token ids) of each text, in their order.
+
+    Raises:
+        ValueError: a text with several blanks, or a candidate of which there is nothing to score.
+    """
+    rows = []
+    for number, (context, own) in enumerate(zip(contexts, candidates, strict=True)):
+        if len(context.blanks) > 1:
+            raise ValueError(f"text {number} has {len(context.blanks)} blanks; candidates are scored in one")
+        for span in own:
+            if not span and end_label is None:
+                raise ValueError(f"text {number} has an empty candidate, of which only the end could be scored")
+            spans = [(context.blanks[0], span)]
+            rows.append((number, lay_out_row(context.input_ids, spans, sop_token_id, end_label, counting)))
+    return rows
+
+
 class MiniLLMInfillingMixin:
     """Filling the blanks of texts, and scoring what could fill them, with a model of `attention_type="prefix"`."""
 
     def fill(
-        self, texts: str | Sequence[str], tokenizer: Any, order: Sequence[Any] | None = None, **options: Any
+        self,
+        texts: str | Sequence[str],
+        tokenizer: Any,
+        order: Sequence[Any] | None = None,
+        gmask_counts: bool | None = None,
+        **options: Any,
     ) -> Filling:
         """Fills the blanks (`[MASK]`, `[sMASK]`, `[gMASK]`) of texts.
 
@@ -193,6 +229,8 @@ class MiniLLMInfillingMixin:
             tokenizer: names the tokens; those that it lacks are the config's.
             order: numbers of the blanks in the order in which to fill them, `[1, 0]` for all texts or one list for
                 each; left out: from left to right.
+            gmask_counts: whether the first axis counts on after `[gMASK]`, as the model was trained; left out: in
+                models with one axis (GLM-130B), as `generate()` does it by itself.
             options: for `generate()`: `max_new_tokens` (for each blank; 64 if nothing says otherwise), `do_sample`,
                 `num_beams`, `generation_config`, `cache_implementation`, ...
 
@@ -208,15 +246,16 @@ class MiniLLMInfillingMixin:
         contexts = read_contexts(tokenizer, texts, tokens)
         orders = read_orders(order, contexts)
         options, stops, new_tokens = self._fill_options(tokens, tokenizer, options)
+        counting = self._counting(tokens, gmask_counts)
         done: list[dict[int, list[int]]] = [{} for _ in contexts]
         for number, context in enumerate(contexts):
             for blank in context.blanks:
-                require_room(self.config, number, self._row(context, {}, blank, tokens), new_tokens)
+                require_room(self.config, number, open_row(context, {}, blank, tokens, counting), new_tokens)
         for turn in range(max(map(len, orders))):
             active = [number for number, own in enumerate(orders) if turn < len(own)]
             blanks = [contexts[number].blanks[orders[number][turn]] for number in active]
             rows = [
-                self._row(contexts[number], done[number], blank, tokens)
+                open_row(contexts[number], done[number], blank, tokens, counting)
                 for number, blank in zip(active, blanks, strict=True)
             ]
             answers = self._generate_spans(rows, tokens, stops, options)
@@ -235,6 +274,7 @@ class MiniLLMInfillingMixin:
         normalize: bool = False,
         include_end: bool = True,
         batch_size: int | None = None,
+        gmask_counts: bool | None = None,
     ) -> torch.Tensor:
         """Log likelihoods of what could fill the one blank of each text: a classifier, where candidates are the words
         of classes (verbalizers: PET, arXiv 2001.07676; GLM, arXiv 2103.10360, section 2.2).
@@ -246,6 +286,7 @@ class MiniLLMInfillingMixin:
             normalize: divide by the number of tokens scored.
             include_end: score the token that ends the span too, so that a candidate is the whole fill.
             batch_size: texts times candidates in one forward; None: all of them.
+            gmask_counts: as for `fill`.
 
         Returns:
             Sums of log probabilities, float32 [texts, candidates]; minus infinity where a text has fewer candidates
@@ -260,9 +301,14 @@ class MiniLLMInfillingMixin:
             raise ValueError("`include_end=True`, but neither tokenizer nor config names a token that ends a span")
         contexts = read_contexts(tokenizer, texts, tokens)
         lists = read_candidates(candidates, len(contexts))
-        rows = self._candidate_rows(tokenizer, contexts, lists, tokens, tokens.eop if include_end else None)
+        end, counting = tokens.eop if include_end else None, self._counting(tokens, gmask_counts)
+        spans = [encode_spans(tokenizer, own) for own in lists]
+        rows = candidate_rows(contexts, spans, tokens.sop, end, counting)
+        for number, row in rows:
+            require_room(self.config, number, row)
         step = len(rows) if batch_size is None else batch_size
-        parts = [self._score_rows(rows[at : at + step], tokens.pad, normalize) for at in range(0, len(rows), step)]
+        batches = [[row for _, row in rows[at : at + step]] for at in range(0, len(rows), step)]
+        parts = [self._score_rows(batch, tokens.pad, normalize) for batch in batches]
         table = torch.full((len(lists), max(map(len, lists))), -torch.inf, device=self.device)
         present = torch.tensor([[index < len(own) for index in range(table.shape[1])] for own in lists])
         table[present.to(self.device)] = torch.cat(parts)
@@ -276,36 +322,11 @@ class MiniLLMInfillingMixin:
             )
         return find_glm_tokens(tokenizer, self.config)
 
-    def _counting(self, tokens: GLMTokens) -> tuple[int | None, ...]:
-        """With one axis the text after [gMASK] simply goes on (GLM-130B); with two it has the second to itself."""
-        return () if self._has_two_axes() else (tokens.gmask,)
-
-    def _row(self, context: GLMContext, done: dict[int, list[int]], blank: int, tokens: GLMTokens) -> GLMRow:
-        spans = [*done.items(), (blank, [])]
-        return lay_out_row(context.input_ids, spans, tokens.sop, counting_token_ids=self._counting(tokens))
-
-    def _candidate_rows(
-        self,
-        tokenizer: Any,
-        contexts: Sequence[GLMContext],
-        lists: Sequence[Sequence[str]],
-        tokens: GLMTokens,
-        end_label: int | None,
-    ) -> list[GLMRow]:
-        """A row for each candidate of each text, in their order."""
-        encoded = iter(encode_spans(tokenizer, [candidate for own in lists for candidate in own]))
-        rows = []
-        for number, (context, own) in enumerate(zip(contexts, lists, strict=True)):
-            if len(context.blanks) > 1:
-                raise ValueError(f"text {number} has {len(context.blanks)} blanks; candidates are scored in one")
-            for _ in own:
-                span = next(encoded)
-                if not span and end_label is None:
-                    raise ValueError(f"text {number} has an empty candidate, of which only the end could be scored")
-                spans = [(context.blanks[0], span)]
-                rows.append(lay_out_row(context.input_ids, spans, tokens.sop, end_label, self._counting(tokens)))
-                require_room(self.config, number, rows[-1])
-        return rows
+    def _counting(self, tokens: GLMTokens, gmask_counts: bool | None) -> tuple[int | None, ...]:
+        """The blanks after which the first axis counts on. With one axis the text after [gMASK] simply goes on
+        (GLM-130B); with two it has the second to itself."""
+        counts = not self._has_two_axes() if gmask_counts is None else gmask_counts
+        return (tokens.gmask,) if counts else ()
 
     def _fill_options(
         self, tokens: GLMTokens, tokenizer: Any, options: dict[str, Any]
