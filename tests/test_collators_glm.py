@@ -27,6 +27,7 @@ from glm_cases import (
 from torch.utils.data import DataLoader
 
 from minillm import MiniLLMTokenizer
+from minillm.infilling import glm_inputs
 from minillm.training import DataCollatorForGLM, DataCollatorForPrefixLM, pack_dataset
 from minillm.training.collators import uniform_draw
 from minillm.training.glm_collator import draws
@@ -377,6 +378,20 @@ def test_rows_of_other_collators_are_refused_where_they_do_not_fit():
         glm()(pack_dataset([list(range(10, 30))], prefix, fixed_prefixes=True))
     with pytest.raises(ValueError, match="this collator has `packing=False`"):
         glm(packing=False)([{"input_ids": [10, 11], "document_ids": [1, 1]}])
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_long_spans_stand_where_generation_puts_them(counts):
+    collator = glm("document", gmask_counts=counts, packing=False)
+    batch = collator([list(range(10, 30)), [CLS, *range(10, 40), END]])
+    # On padding, which is at the end, generation counts on: only real tokens are compared.
+    real = batch["attention_mask"].bool()
+    counting = [GMASK] if counts else []
+    expected = glm_inputs(batch["input_ids"], [GMASK, MASK], SOP, batch["attention_mask"], counting)
+    for name, tensor in expected._asdict().items():
+        assert torch.equal(batch[name][real], tensor[real]), name
+    spans = glm("token", gmask_counts=counts)(random_texts(0, 5))
+    assert torch.equal(spans["position_ids"], glm("token")(random_texts(0, 5))["position_ids"])
 
 
 def test_corrupt_is_what_the_collator_does():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from glm_cases import EOP, MASK, SOP, naive_corruption
 
+from minillm.tokenization.glm_layout import lay_out_row
 from minillm.training.glm_collator import draws
 from minillm.training.span_masking import (
     corrupt,
@@ -88,6 +89,15 @@ def test_equals_a_plain_loop(seed):
         order = rng.sample(range(len(spans)), len(spans))
         found = corrupt(np.array(ids), np.array(spans), order, **TOKENS)
         assert as_lists(found) == list(naive_corruption(ids, spans, order, MASK)), (ids, spans, order)
+        # What fills blanks in generation builds the very same row.
+        context = found.input_ids[: found.context_length].tolist()
+        blanks = [place for place, token in enumerate(context) if token == MASK]
+        fills = [(blanks[number], ids[slice(*spans[number])]) for number in order]
+        for counting in (False, True):
+            row = lay_out_row(context, fills, SOP, EOP, [MASK] if counting else [])
+            found = corrupt(np.array(ids), np.array(spans), order, **TOKENS, counting=counting)
+            assert as_lists(found)[:4] == [row.input_ids, row.labels, row.position_ids, row.block_position_ids]
+            assert found.context_length == sum(row.prefix_mask)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,9 @@ class DataCollatorForGLM(DataCollatorForCausalLM):
         mask_fraction: part of a document's tokens that spans and sentences cover, above 0 and at most 0.5.
         mean_span_length: of the Poisson distribution, before zeros are left out.
         document_fraction: (shortest, longest) part of a document that the one span covers; uniform.
+        gmask_counts: on the first axis a span of a document counts on from the end of Part A. For models with one axis
+            (RoPE, ALiBi, ...), in which the tokens of a long span would all stand at one place; GLM-130B was trained
+            so, and `generate()` and `fill()` do it for such models by themselves.
         mask_token_id, smask_token_id, gmask_token_id, sop_token_id, eop_token_id: None takes the tokenizer's. Ids may
             be equal.
         special_token_ids: ids that are never cut out, beside those above, padding and the tokenizer's special tokens.
@@ -79,6 +82,7 @@ class DataCollatorForGLM(DataCollatorForCausalLM):
     mask_fraction: float = 0.15
     mean_span_length: float = 3.0
     document_fraction: tuple[float, float] = (0.5, 1.0)
+    gmask_counts: bool = False
     mask_token_id: int | None = None
     smask_token_id: int | None = None
     gmask_token_id: int | None = None
@@ -203,6 +207,7 @@ class DataCollatorForGLM(DataCollatorForCausalLM):
             mask_token_id=getattr(self, BLANKS[kind]),
             sop_token_id=self.sop_token_id,
             eop_token_id=self.eop_token_id,
+            counting=self.gmask_counts and kind == "document",
         )
 
     def _spans(self, kind: str, piece: Piece, draw: Draw) -> np.ndarray:

@@ -25,7 +25,7 @@ class GLMSample(NamedTuple):
         input_ids: [n + 2 k], for n tokens and k spans.
         labels: [n + 2 k + 1]; position t-1 predicts labels[t], and the last entry belongs to the slot after the
             document. -100 on Part A and its mask tokens.
-        position_ids: [n + 2 k], the index in Part A; in a span, that of its mask token.
+        position_ids: [n + 2 k], the index in Part A; in a span, that of its mask token (or see `counting`).
         block_position_ids: [n + 2 k], 0 in Part A; in a span 1, 2, ... from the start token on.
         context_length: tokens of Part A, all of which see one another.
     """
@@ -45,6 +45,7 @@ def corrupt(
     mask_token_id: int,
     sop_token_id: int,
     eop_token_id: int,
+    counting: bool = False,
 ) -> GLMSample:
     """Cuts spans out of a text and appends them, each after a start token (arXiv 2103.10360, section 2.1, figure 2).
 
@@ -67,6 +68,8 @@ def corrupt(
         spans: [k, 2], first token and the one after the last of each span, sorted, not empty, not overlapping.
         order: the spans' order in Part B, a permutation of 0 ... k-1; None keeps that of the text.
         mask_token_id, sop_token_id, eop_token_id: the blank, the start token and the end token of a span.
+        counting: the first axis of each span counts on from the end of Part A, rather than stand at the blank
+            (`[gMASK]` in GLM-130B, which has one axis only).
 
     Raises:
         ValueError: spans that are not as described, or an order that is no permutation.
@@ -96,10 +99,11 @@ def corrupt(
     targets[ends - 1] = eop_token_id
 
     length = len(context)
+    filling_positions = length + inside if counting else np.repeat(blanks[order], lengths)
     return GLMSample(
         input_ids=np.concatenate([context, filling]),
         labels=np.concatenate([np.full(length + 1, IGNORE_INDEX), targets]),
-        position_ids=np.concatenate([np.arange(length), np.repeat(blanks[order], lengths)]),
+        position_ids=np.concatenate([np.arange(length), filling_positions]),
         block_position_ids=np.concatenate([np.zeros(length, np.int64), inside + 1]),
         context_length=length,
     )
