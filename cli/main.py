@@ -133,14 +133,14 @@ def train(
 def generate(
     model: Annotated[str, typer.Argument(help="model folder or repository")],
     prompts: Annotated[list[str] | None, typer.Argument(help="prompts; left out: one per line of the input")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens to add, for each blank too")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
     seed: Annotated[int, typer.Option()] = 0,
     stream: Annotated[bool, typer.Option(help="print tokens as they come (one prompt)")] = False,
 ) -> None:
-    """Continue prompts."""
+    """Continue prompts; with a prefix model, fill [MASK], [sMASK] and [gMASK] in those that hold such a blank."""
     with one_line_errors():
         from minillm.cli.generation_run import run
 

@@ -51,6 +51,16 @@ def check_tokenizer(case: dict) -> str:
     return "equal" if ids == [case["ids"]] * 2 and named[0] == named[1] == tuple(case["named"]) else str((ids, named))
 
 
+def check_fill(case: dict) -> str:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(case["folder"], trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(case["folder"], trust_remote_code=True).eval()
+    filling = model.fill(case["text"], tokenizer, max_new_tokens=6, do_sample=False)
+    scores = model.score_fills(case["text"], case["candidates"], tokenizer).tolist()
+    inputs = dict(tokenizer.build_glm_inputs(case["text"], case["candidates"][:1]))
+    found = [filling.texts, scores, inputs]
+    return "equal" if found == case["found"] else str(found)
+
+
 def check_config(case: dict) -> str:
     config = transformers.AutoConfig.from_pretrained(case["folder"], trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
@@ -59,7 +69,7 @@ def check_config(case: dict) -> str:
 
 def main() -> None:
     sys.modules["minillm"] = None
-    checks = {"AutoTokenizer": check_tokenizer, "AutoConfig": check_config}
+    checks = {"AutoTokenizer": check_tokenizer, "AutoConfig": check_config, "fill": check_fill}
     with open(sys.argv[1], encoding="utf-8") as file:
         cases = json.load(file)
     print(json.dumps({case["name"]: checks.get(case["auto_class"], check_model)(case) for case in cases}))

@@ -87,6 +87,27 @@ def test_text_is_printed_as_it_is(folders):
     assert told.startswith(prompt) and told == directly(folders["causal"], [prompt])
 
 
+def test_blanks_are_filled_and_other_prompts_continued(folders):
+    prompts = ["def[MASK](line):\n    return[gMASK]", PROMPTS[0], "the[sMASK]returns 北京  \t"]
+    tokenizer = AutoTokenizer.from_pretrained(folders["prefix"])
+    model = AutoModelForCausalLM.from_pretrained(folders["prefix"])
+    filled = model.fill(prompts[::2], tokenizer, max_new_tokens=12, do_sample=False)
+    told = generate(folders["prefix"], *prompts)
+    assert told == f"{filled.texts[0]}\n{directly(folders['prefix'], [PROMPTS[0]])}{filled.texts[1]}\n"
+    assert all(fill for fills in filled.fills for fill in fills)
+    beams = model.fill(prompts[0], tokenizer, max_new_tokens=12, do_sample=False, num_beams=2)
+    assert generate(folders["prefix"], prompts[0], "--num-beams", 2) == f"{beams.texts[0]}\n"
+    torch.manual_seed(3)
+    sampled = model.fill(prompts[0], tokenizer, max_new_tokens=12, do_sample=True, temperature=0.8, top_p=1.0)
+    assert generate(folders["prefix"], prompts[0], "--temperature", 0.8, "--seed", 3) == f"{sampled.texts[0]}\n"
+
+
+def test_a_blank_before_a_start_token_and_one_of_a_causal_model_are_continued(folders):
+    started = "the reader[gMASK]<|startofpiece|>"
+    assert generate(folders["prefix"], started) == directly(folders["prefix"], [started])
+    assert generate(folders["causal"], "the[MASK]") == directly(folders["causal"], ["the[MASK]"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "words"),
     [
@@ -101,6 +122,10 @@ def test_text_is_printed_as_it_is(folders):
 )
 def test_contradictions_are_one_line(arguments, stdin, words, folders):
     assert words in fail("generate", folders["causal"], *arguments, stdin=stdin)
+
+
+def test_a_blank_is_not_streamed(folders):
+    assert "--stream prints a continuation" in fail("generate", folders["prefix"], "the[MASK]", "--stream")
 
 
 def test_what_is_no_model_is_one_line(folders, tmp_path):

@@ -146,6 +146,21 @@ def test_a_stranger_loads_what_trainer_and_lora_leave(tmp_path):
     assert (tmp_path / "trained" / "tokenizer.json").exists()
 
 
+def test_a_stranger_fills_and_scores_blanks(tmp_path):
+    model, names = tiny(**VARIANTS["prefix-glm_2d"]), tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    names.save_pretrained(tmp_path / "model")
+    text, candidates = "def 你好[MASK]:  return 'hello'\n", ["(world)", "world"]
+    found = [
+        model.fill(text, names, max_new_tokens=6, do_sample=False).texts,
+        model.score_fills(text, candidates, names).tolist(),
+        dict(names.build_glm_inputs(text, candidates[:1])),
+    ]
+    folder = str(tmp_path / "model")
+    case = {"auto_class": "fill", "folder": folder, "text": text, "candidates": candidates, "found": found}
+    assert visit([{"name": "fill", **case}], tmp_path) == {"fill": "equal"}
+
+
 def test_with_minillm_the_same_folder_loads_without_remote_code(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
