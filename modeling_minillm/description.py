@@ -1,5 +1,7 @@
 """A model's variant in words and in drawings, for model cards, `minillm info` and the documentation."""
 
+from collections.abc import Sequence
+
 import torch
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
@@ -86,3 +88,17 @@ def draw_mask(
     tokens = torch.empty(1, length, 0)
     layout = lay_out(config, tokens, attention_mask, position_ids, None, prefix_mask, document_ids, None)
     return "\n".join(" ".join("■" if seen else "·" for seen in line) for line in dense_mask(layout)[0, 0].tolist())
+
+
+def draw_positions(tokens: Sequence[str], position_ids: Sequence[int], block_position_ids: Sequence[int]) -> str:
+    """Draws where the tokens of a row stand on both position axes: three lines, a column for each token.
+
+    Args:
+        tokens: a word for each token.
+        position_ids, block_position_ids: a number for each token, on the first axis and on the second.
+    """
+    columns = list(zip(tokens, map(str, position_ids), map(str, block_position_ids), strict=True))
+    columns.insert(0, ("", "position_ids", "block_position_ids"))
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)

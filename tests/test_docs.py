@@ -1,4 +1,4 @@
-"""The pages on variants, publishing and tokenizers: their code runs and their drawings are what the code draws."""
+"""The pages of the documentation: their code runs, and their drawings are what the code draws."""
 
 import json
 import os
@@ -40,9 +40,10 @@ def test_a_drawing_can_be_checked_by_hand():
     assert draw_mask(config, 4, prefix_mask=torch.tensor([[1, 1, 1, 0]])) == "■ ■ ■ ·\n■ ■ ■ ·\n■ ■ ■ ·\n· · ■ ■"
 
 
-@pytest.mark.parametrize("page", ["variants", "publishing", "tokenizers"])
+@pytest.mark.parametrize("page", ["variants", "publishing", "tokenizers", "infilling"])
 def test_the_code_of_a_page_runs(page, tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text("utf-8"), re.M | re.S)
+    text = (DOCS / f"{page}.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     assert blocks
     with running_hub(tmp_path / "hub") as environment:
         done = subprocess.run(
@@ -54,6 +55,8 @@ def test_the_code_of_a_page_runs(page, tmp_path):
             check=False,
         )
     assert done.returncode == 0, done.stderr[-3000:]
+    for shown in re.findall(r"^```\n\n```text\n(.*?)^```", text, re.M | re.S):
+        assert shown in done.stdout, done.stdout
     if page == "publishing":
         shown = re.search(r"<!-- files -->\n```text\n(.*?)\n```", (DOCS / "publishing.md").read_text("utf-8"), re.S)[1]
         for folder in ("my-model", "my-merged-model"):
