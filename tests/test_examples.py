@@ -10,8 +10,9 @@ import pytest
 import torch
 from cli_cases import save_small_model, tree, weights, write_corpus
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from minillm.conversion import export
 from minillm.evaluation import perplexity
 from minillm.training import DataCollatorForSFT
 
@@ -93,10 +94,28 @@ def test_extending_gives_a_model_that_reads_chinese_in_fewer_tokens(tmp_path):
     assert torch.equal(weights(model)["lm_head.weight"][: len(old)], weights(base)["lm_head.weight"])
 
 
+def test_a_converted_llama_learns_and_comes_out_a_llama(tmp_path):
+    save_small_model(tmp_path / "minillm")
+    export(tmp_path / "minillm", tmp_path / "native", "llama")
+    corpus = write_corpus(tmp_path / "corpus", files=20)
+    options = ("--corpus", corpus, "--steps", 40, "--length", 64, "--out", "out")
+    told = run_example("convert_and_tune.py", "native", *options, folder=tmp_path)
+    assert "converted: MiniLLMForCausalLM" in told and len(losses(told)) == 20
+    found = re.search(r"held-out perplexity ([\d.]+) -> ([\d.]+) on \d+ tokens", told)
+    # Weights are random, so that an adapter cannot do much.
+    assert float(found[2]) < 0.99 * float(found[1])
+    merged, back = (AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name) for name in ("merged", "llama"))
+    assert type(back) is LlamaForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "llama")
+    inputs = tokenizer("def the_0(reader):", return_tensors="pt")
+    torch.testing.assert_close(back(**inputs).logits, merged(**inputs).logits, atol=1e-5, rtol=0)
+
+
 def test_examples_are_short_and_named_on_a_page():
-    pages = "".join((DOCS / name).read_text("utf-8") for name in ("training.md", "tokenizers.md"))
+    pages = "".join((DOCS / name).read_text("utf-8") for name in ("training.md", "tokenizers.md", "conversion.md"))
     files = sorted(EXAMPLES.glob("*.py"))
-    assert [file.name for file in files] == ["extend_vocabulary.py", "pretrain.py", "sft_lora.py"]
+    names = ["convert_and_tune.py", "extend_vocabulary.py", "pretrain.py", "sft_lora.py"]
+    assert [file.name for file in files] == names
     for file in files:
         text = file.read_text("utf-8")
         assert len(text.splitlines()) <= 85 and f"examples/{file.name}" in pages
