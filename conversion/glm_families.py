@@ -186,6 +186,7 @@ SHIFTED_ATTENTION = (
     TensorRule("transformer.layers.{i}.mlp.dense_4h_to_h.{p}", f"{BLOCK}mlp.down_proj.{{p}}"),
 )
 
+
 def read_chatglm(values: dict[str, Any]) -> dict[str, Any]:
     """What fills a blank starts with the begin token."""
     has_blank = values["mask_token_id"] is not None or values["gmask_token_id"] is not None

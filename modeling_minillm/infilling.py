@@ -145,17 +145,19 @@ def read_candidates(candidates: Sequence[Any], texts: int) -> list[list[str]]:
     return lists
 
 
-def insert_fills(tokenizer: Any, texts: Sequence[str], fills: Sequence[Sequence[str]], tokens: GLMTokens) -> list[str]:
-    """The texts with their blanks replaced, all else exactly as it was."""
+def split_at_blanks(
+    tokenizer: Any, texts: Sequence[str], contexts: Sequence[GLMContext], tokens: GLMTokens
+) -> list[list[str]]:
+    """What stands before, between and behind the blanks of each text, exactly as it is written."""
     names = tokenizer.convert_ids_to_tokens(list(tokens.blanks))
     blank = re.compile("|".join(map(re.escape, names)))
-    filled = []
-    for text, own in zip(texts, fills, strict=True):
-        pieces = blank.split(text)
-        if len(pieces) != len(own) + 1:
-            raise ValueError(f"the tokenizer reads {len(own)} blanks in {text!r:.80}, which writes {len(pieces) - 1}")
-        filled.append("".join(piece + fill for piece, fill in zip(pieces, [*own, ""], strict=True)))
-    return filled
+    pieces = [blank.split(text) for text in texts]
+    for text, own, context in zip(texts, pieces, contexts, strict=True):
+        if len(own) != len(context.blanks) + 1:
+            raise ValueError(
+                f"the tokenizer reads {len(context.blanks)} blanks in {text!r:.80}, which writes {len(own) - 1}"
+            )
+    return pieces
 
 
 def require_room(config: MiniLLMConfig, number: int, row: GLMRow, new_tokens: int = 0) -> None:
@@ -244,6 +246,7 @@ class MiniLLMInfillingMixin:
         tokens = self._glm_tokens("fill", tokenizer)
         texts = [texts] if isinstance(texts, str) else list(texts)
         contexts = read_contexts(tokenizer, texts, tokens)
+        pieces = split_at_blanks(tokenizer, texts, contexts, tokens)
         orders = read_orders(order, contexts)
         options, stops, new_tokens = self._fill_options(tokens, tokenizer, options)
         counting = self._counting(tokens, gmask_counts)
@@ -263,7 +266,11 @@ class MiniLLMInfillingMixin:
                 done[number][blank] = answer
         fill_ids = [[own[blank] for blank in context.blanks] for context, own in zip(contexts, done, strict=True)]
         fills = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in own] for own in fill_ids]
-        return Filling(insert_fills(tokenizer, texts, fills, tokens), fills, fill_ids)
+        filled = [
+            "".join(piece + fill for piece, fill in zip(around, [*own, ""], strict=True))
+            for around, own in zip(pieces, fills, strict=True)
+        ]
+        return Filling(filled, fills, fill_ids)
 
     @torch.no_grad()
     def score_fills(

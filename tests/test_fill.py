@@ -187,6 +187,25 @@ def test_tokens_of_the_config_stand_in_for_those_a_tokenizer_lacks():
     assert found[: len(expected)] == expected
 
 
+def test_blanks_that_are_written_but_not_read_are_refused():
+    class Blind(WordTokenizer):
+        def __call__(self, texts, **options):
+            return {"input_ids": [[MASK, 7] for _ in texts]}
+
+    with pytest.raises(ValueError, match="reads 1 blanks in 'w7 .*', which writes 2"):
+        fill_model("glm_2d").fill("w7 [MASK] w8 [MASK]", Blind())
+
+
+@pytest.mark.gpu
+@each_cache
+@each_scheme
+def test_on_a_gpu(scheme, cache):
+    """A static cache has its decoding steps compiled there by itself."""
+    model = fill_model(scheme)
+    expected = [naive_fill(model, text) for text in TEXTS]
+    assert fill_ids(model.cuda(), **CACHES[cache]) == expected
+
+
 REFUSED = {
     "no blank": (["w7 [MASK]", "w8 w9"], {}, r"text 1 holds no blank \(\[MASK\], \[gMASK\], \[sMASK\]\): 'w8 w9'"),
     "no text": ([], {}, "no text"),

@@ -203,7 +203,7 @@ def test_a_wrong_prefix_mask_is_refused(prefix_mask, message):
 def test_guidance_is_refused_where_the_prompt_is_a_prefix():
     ids, _ = prompts()
     options = {"guidance_scale": 1.5, "negative_prompt_ids": ids[1:2, 3:], **GREEDY}
-    with pytest.raises(ValueError, match="guidance_scale.*prompt_is_prefix"):
+    with pytest.raises(ValueError, match=r"guidance_scale.*prompt_is_prefix"):
         build("prefix", "rope").generate(ids[:1], **options)
     plain, causal = build("prefix", "rope", prompt_is_prefix=False), build("causal", "rope")
     assert torch.equal(plain.generate(ids[:1], **options), causal.generate(ids[:1], **options))

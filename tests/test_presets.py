@@ -15,7 +15,9 @@ from minillm.conversion import detect
 from minillm.conversion.family import NOT_COMPARED
 from minillm.description import describe
 
-FAMILIES = "minillm gpt2 bloom falcon mpt llama baichuan baichuan2 mixtral glm-infilling glm-130b chatglm chatglm2 glm".split()
+FAMILIES = (
+    "minillm gpt2 bloom falcon mpt llama baichuan baichuan2 mixtral glm-infilling glm-130b chatglm chatglm2 glm"
+).split()
 FIELDS = sorted(set(MiniLLMConfig.__annotations__) - NOT_COMPARED)
 
 TOTALS = {
