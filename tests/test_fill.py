@@ -192,7 +192,7 @@ def test_blanks_that_are_written_but_not_read_are_refused():
         def __call__(self, texts, **options):
             return {"input_ids": [[MASK, 7] for _ in texts]}
 
-    with pytest.raises(ValueError, match="reads 1 blanks in 'w7 .*', which writes 2"):
+    with pytest.raises(ValueError, match=r"reads 1 blanks in 'w7 .*', which writes 2"):
         fill_model("glm_2d").fill("w7 [MASK] w8 [MASK]", Blind())
 
 
