@@ -29,7 +29,8 @@ def poisoned_memory():
 def one_copy_of_the_package():
     """The folders of the repository must be imported as `minillm` only."""
     yield
-    second = {"configuration", "modeling_minillm", "tokenization", "training", "evaluation", "cli"} & set(sys.modules)
+    rooms = {"configuration", "modeling_minillm", "tokenization", "conversion", "training", "evaluation", "cli"}
+    second = rooms & set(sys.modules)
     assert not second, f"imported from the repository root instead of as minillm.*: {sorted(second)}"
 
 
