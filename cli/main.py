@@ -19,6 +19,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 class Objective(str, Enum):
     causal = "causal"
     prefix = "prefix"
+    glm = "glm"
     sft = "sft"
 
 

@@ -20,6 +20,7 @@ from minillm.evaluation import perplexity
 from minillm.hub import replaced_folder
 from minillm.training import (
     DataCollatorForCausalLM,
+    DataCollatorForGLM,
     DataCollatorForPrefixLM,
     DataCollatorForSFT,
     SetEpochCallback,
@@ -29,7 +30,10 @@ from minillm.training import (
     tokenize_documents,
 )
 
-OBJECTIVES = ("causal", "prefix", "sft")
+MASK_OF = {"causal": "causal", "prefix": "prefix", "glm": "prefix", "sft": None}
+"""Objectives, and the `attention_type` that each needs."""
+
+BLANK_FIELDS = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id")
 LOWEST = {"max_steps": 1, "batch_size": 1, "max_length": 2, "learning_rate": 0.0}
 
 
@@ -73,8 +77,8 @@ def read_options(file: Path | None, flags: dict[str, Any]) -> TrainOptions:
         raise ValueError("--preset needs --tokenizer: make one with `minillm tokenizer train`")
     if options.preset is not None and options.lora:
         raise ValueError("--lora adapts a trained model: give --model in place of --preset")
-    if options.objective not in (None, *OBJECTIVES):
-        raise ValueError(f"--objective {options.objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
+    if options.objective not in (None, *MASK_OF):
+        raise ValueError(f"--objective {options.objective!r} is unknown; allowed: {', '.join(MASK_OF)}")
     return options
 
 
@@ -127,9 +131,9 @@ def choose_objective(options: TrainOptions, config: MiniLLMConfig) -> str:
             "a bidirectional model sees the tokens that it would have to predict: train a causal or prefix one"
         )
     objective = options.objective or kind
-    if objective != "sft" and objective != kind:
+    if MASK_OF[objective] not in (None, kind):
         raise ValueError(
-            f"--objective {objective} needs a model with attention_type={objective!r}; this one is {kind!r}"
+            f"--objective {objective} needs a model with attention_type={MASK_OF[objective]!r}; this one is {kind!r}"
         )
     return objective
 
@@ -146,6 +150,10 @@ def build_collator(objective: str, tokenizer: Any, options: TrainOptions, config
     common = {"tokenizer": tokenizer, "max_length": length, "seed": options.seed}
     if objective == "sft":
         return DataCollatorForSFT(**common, prompt_is_prefix=config.attention_type == "prefix")
+    if objective == "glm":
+        two_axes = config.position_embedding_type == "glm_2d" or config.rope_2d
+        # As generate() and fill() go on.
+        return DataCollatorForGLM(**common, gmask_counts=not two_axes)
     return (DataCollatorForPrefixLM if objective == "prefix" else DataCollatorForCausalLM)(**common)
 
 
@@ -153,7 +161,7 @@ def read_samples(options: TrainOptions, objective: str, tokenizer: Any) -> tuple
     """Samples to train on and held-out ones."""
     if objective != "sft":
         train, held_out = split_corpus(load_corpus(options.data))
-        return tokenize_documents(train, tokenizer), tokenize_documents(held_out, tokenizer)
+        return tuple(tokenize_documents(part, tokenizer, add_end=objective != "glm") for part in (train, held_out))
     samples = [read_answer_line(line, number, tokenizer) for number, line in jsonl_lines(options.data)]
     count = max(1, len(samples) // 20)
     if len(samples) < 2:
@@ -259,6 +267,10 @@ def run(options: TrainOptions) -> None:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
     objective = choose_objective(options, model.config)
     collator = build_collator(objective, tokenizer, options, model.config)
+    if objective == "glm":
+        # So that generate() knows a prompt with a blank.
+        for name in BLANK_FIELDS:
+            setattr(model.config, name, getattr(tokenizer, name))
     train_samples, held_out = read_samples(options, objective, tokenizer)
     rows = pack_dataset(train_samples, collator)
     held_out_rows = pack_dataset(held_out, collator, fixed_prefixes=True)

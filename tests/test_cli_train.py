@@ -26,6 +26,7 @@ from minillm.configuration.presets import PRESETS, Preset
 from minillm.evaluation import perplexity
 from minillm.training import (
     DataCollatorForCausalLM,
+    DataCollatorForGLM,
     DataCollatorForPrefixLM,
     load_corpus,
     pack_dataset,
@@ -96,6 +97,27 @@ def test_pre_training_from_a_preset(preset, collator, tiny_preset, models, corpu
     assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == [1, 2, 0]
     assert not [path for path in tree(out) if path.endswith((".bin", ".pt", ".pkl"))]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-checkpoints"]
+
+
+@pytest.mark.parametrize("positions", ["rope", "glm_2d"])
+def test_filling_blanks(positions, tiny_preset, models, corpus, tmp_path, monkeypatch):
+    fields = PRESETS["tiny-prefix"].fields | {"position_embedding_type": positions}
+    monkeypatch.setitem(PRESETS, "tiny-glm", Preset("tiny", "made up", fields))
+    out = tmp_path / "out"
+    options = ("--tokenizer", models["tokenizer"], "--max-steps", 20, "--batch-size", 4, "--learning-rate", 0.01)
+    told = succeed("train", "--preset", "tiny-glm", "--objective", "glm", "--data", corpus, "--out", out, *options)
+    assert "objective glm" in told and losses(told)[-1] < losses(told)[0] - 0.5
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    named = {name: getattr(tokenizer, name) for name in ("mask_token_id", "gmask_token_id", "smask_token_id")}
+    assert {name: getattr(model.config, name) for name in named} == named
+    assert model.config.sop_token_id == tokenizer.sop_token_id
+    samples = tokenize_documents(split_corpus(load_corpus(corpus))[1], tokenizer, add_end=False)
+    assert all(tokenizer.eos_token_id not in sample["input_ids"] for sample in samples)
+    collator = DataCollatorForGLM(tokenizer, max_length=64, gmask_counts=positions == "rope")
+    score = perplexity(model, pack_dataset(samples, collator, fixed_prefixes=True), collator)
+    assert reported_perplexity(told) == (pytest.approx(score.perplexity, abs=0.006), score.num_tokens)
+    filled = succeed("generate", out, "def[MASK](self):", "--max-new-tokens", 2)
+    assert filled.startswith("def") and filled.rstrip("\n").endswith("(self):")
 
 
 def test_the_real_preset_trains_and_length_is_the_presets(models, corpus, tmp_path):

@@ -198,12 +198,16 @@ def _docstrings(source: str) -> list[str]:
 
 
 def tokenize_documents(
-    documents: Iterable[TextDocument | str], tokenizer: PreTrainedTokenizerBase
+    documents: Iterable[TextDocument | str], tokenizer: PreTrainedTokenizerBase, add_end: bool = True
 ) -> list[dict[str, list[int]]]:
     """Samples for the collators: {"input_ids": begin token, the text's tokens, end token} for each document.
 
     The begin token lets the text's first token be predicted, the end token teaches the model to stop. Either is left
     out if the tokenizer has none.
+
+    Args:
+        add_end: False leaves the end token out: for GLM's objective, in which spans have end tokens of their own and
+            that of the text would stand in the context, behind `[gMASK]`.
 
     Raises:
         CorpusError: no documents.
@@ -211,7 +215,8 @@ def tokenize_documents(
     texts = [document if isinstance(document, str) else document.text for document in documents]
     if not texts:
         raise CorpusError("there are no documents to tokenize")
-    begin, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    ends = tokenizer.eos_token_id if add_end else None
+    begin, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, ends))
     # `verbose=False`: documents longer than the model are cut by the collators.
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [{"input_ids": begin + ids + end} for ids in encoded]
