@@ -141,18 +141,18 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     """The folder itself, or a copy of a Hub repository's files in the cache.
 
     Raises:
-        ConversionError: it is neither.
+        ConversionError: it is neither, or a revision of a folder is asked for.
     """
+    if revision is not None and Path(source).exists():
+        raise ConversionError(f"`revision={revision!r}`: {source} is here, and only repositories have revisions")
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists():
         raise ConversionError(f"{source} is a file: name its folder, or a `.gguf` file")
     try:
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", *CARRIED, "*.py"]))
-        kind = "*.safetensors"
-        if not list(folder.glob("model*.safetensors*")):
-            snapshot_download(str(source), revision=revision, allow_patterns=[kind])
-        if not list(folder.glob(kind)):
+        wanted = ["*.json", *CARRIED, "*.py", "model*.safetensors"]
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
+        if not list(folder.glob("model*.safetensors")):
             snapshot_download(str(source), revision=revision, allow_patterns=["pytorch_model*.bin"])
         return folder
     except (HfHubHTTPError, HFValidationError, OSError) as error:

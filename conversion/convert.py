@@ -188,7 +188,7 @@ def some(names: list[str]) -> str:
 
 
 def open_checkpoint(source: str | Path, revision: str | None) -> Checkpoint | GGUFCheckpoint:
-    if str(source).endswith(".gguf"):
+    if str(source).endswith(".gguf") and revision is None:
         if not Path(source).is_file():
             raise ConversionError(f"{source} does not exist")
         return GGUFCheckpoint(Path(source))

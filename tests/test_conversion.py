@@ -1,12 +1,14 @@
 """Conversion as a whole: sources of every kind, what is carried over, what is refused, interruptions, commands."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from cli_cases import invoke
+from hub_server import running_hub
 from native_families import native_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -115,6 +117,39 @@ def test_a_repeated_head_beside_tied_embeddings(llama):
     save_file(tensors | {"lm_head.weight": torch.randn(64, 48)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConversionError, match=r"lm_head\.weight.*tie_word_embeddings"):
         load(folder)
+
+
+UPLOAD_AND_LOAD = """
+import sys, torch
+from huggingface_hub import HfApi
+from minillm.conversion import load
+api = HfApi()
+api.create_repo("user/model")
+api.upload_folder(repo_id="user/model", folder_path="native")
+model = load("user/model", revision="main").eval()
+torch.save(model(torch.tensor([[3, 9, 4, 33, 21, 7]])).logits.detach(), "logits.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded", "bin"])
+def test_a_repository_over_http(kind, tmp_path):
+    native = save_native(tmp_path / "native", max_shard_size="20KB" if kind == "sharded" else "1GB")
+    assert (tmp_path / "native" / "model.safetensors.index.json").exists() == (kind == "sharded")
+    if kind == "bin":
+        weights = tmp_path / "native" / "model.safetensors"
+        torch.save(load_file(weights), tmp_path / "native" / "pytorch_model.bin")
+        weights.unlink()
+    with running_hub(tmp_path / "hub") as environment:
+        environment = {**os.environ, **environment}
+        command = [sys.executable, "-c", UPLOAD_AND_LOAD]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits_of(native))
+
+
+def test_a_revision_of_what_is_here_is_refused(llama):
+    with pytest.raises(ConversionError, match="revision='dev'"):
+        load(llama[1], revision="dev")
 
 
 def test_glm_130b_against_its_equations(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm.conversion import FAMILIES, export, load
+from minillm.conversion import FAMILIES, detect, export, load
 from minillm.infilling import glm_inputs
 
 FOLDER = Path(__file__).parent / "families"
@@ -72,8 +72,6 @@ def in_pieces(model, ids, first, **inputs):
 def test_family_is_detected(name):
     assert model_of(name).config.model_type == "minillm"
     raw = json.loads((FOLDER / name / "config.json").read_text("utf-8"))
-    from minillm.conversion import detect
-
     assert detect({**raw, "_name_or_path": name}).name == FAMILY_OF[name]
 
 
