@@ -27,7 +27,8 @@ GENERIC_KEYS -= {"quantization_config"}
 
 # They shape fresh weights, or stamp the file; the weights of a checkpoint are there already.
 NOT_COMPARED = frozenset(
-    "initializer_range scale_residual_init deepnorm_beta use_cache minillm_version schema_version dtype".split()
+    "initializer_range scale_residual_init deepnorm_beta use_cache skip_logits minillm_version schema_version "
+    "dtype".split()
 )
 
 

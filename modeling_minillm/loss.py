@@ -1,13 +1,185 @@
-"""The load-balancing loss of a mixture of experts, and how it joins the loss of the text."""
+"""Losses: cross-entropy without the full logits, and the load-balancing loss of a mixture of experts."""
 
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.normalization import NormHead
 
 RouterLogits = tuple[torch.Tensor, ...]
+
+MANY_LOGITS = 2**26
+"""From so many logits on, a training step computes its loss without them (a float32 copy of them is 256 MiB, and a
+plain step holds several)."""
+
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+"""Logits that are alive at once: on CPU what the caches hold, on CUDA what keeps the matrix products large."""
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of `hidden @ weight.T + bias`, whose gradients are made chunk by chunk in the forward
+    pass: backward only scales them, and no logits outlive their chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        ignore_index: int,
+        chunk: int,
+    ) -> torch.Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        types = hidden.dtype, weight.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            # Once here, and not once a chunk.
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        of_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Sums of many chunks in half precision would lose what each of them adds.
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        of_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if needs_bias else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], chunk):
+            rows, targets = hidden[start : start + chunk], target[start : start + chunk, None]
+            logits = F.linear(rows, weight, None if bias is None else bias.to(weight.dtype)).float()
+            scored = targets != ignore_index
+            targets = targets.where(scored, 0)
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            total = total + ((normalizer - logits.gather(1, targets)) * scored).sum()
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            gradient = logits.sub_(normalizer).exp_()
+            gradient.scatter_add_(1, targets, gradient.new_full((), -1.0).expand_as(targets))
+            gradient.mul_(scored)
+            if needs_bias:
+                of_bias += gradient.sum(0)
+            gradient = gradient.to(hidden.dtype)
+            if needs_hidden:
+                of_hidden[start : start + chunk] = gradient @ weight
+            if needs_weight and of_weight.dtype == gradient.dtype:
+                of_weight.addmm_(gradient.T, rows)
+            elif needs_weight:
+                of_weight += gradient.T @ rows
+        ctx.save_for_backward(
+            None if of_hidden is None else of_hidden.to(types[0]),
+            None if of_weight is None else of_weight.to(types[1]),
+            None if of_bias is None else of_bias.to(bias.dtype),
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("gradients of gradients of a loss without logits: pass `skip_logits=False`")
+        scaled = (None if saved is None else saved * gradient.to(saved.dtype) for saved in ctx.saved_tensors)
+        return (*scaled, None, None, None)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """The sum over tokens of the cross-entropy of `hidden @ weight.T + bias`, with few logits alive at once.
+
+    The arithmetic is that of the plain loss: nothing is computed twice. Gradients of gradients are refused.
+
+    Args:
+        hidden: [tokens, hidden].
+        weight: [vocabulary, hidden]; `bias`: [vocabulary] or None.
+        target: [tokens] token ids, `ignore_index` where nothing is predicted.
+        chunk: tokens whose logits are alive at once; None: as many as suit the device.
+
+    Returns:
+        A float32 scalar.
+    """
+    if chunk is None:
+        chunk = max(1, CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+    return LinearCrossEntropy.apply(hidden, weight, bias, target, ignore_index, chunk)
+
+
+def causal_lm_loss(
+    hidden_states: torch.Tensor,
+    head: nn.Linear,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """What transformers' `ForCausalLMLoss` computes from logits, from the states [batch, Q, hidden] before the head.
+
+    Args:
+        labels: [batch, Q]; position t - 1 predicts `labels[t]`.
+        num_items_in_batch: what the sum is divided by, in place of the number of labels in this batch.
+        shift_labels: [batch, Q] labels that are shifted already, in place of `labels`.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    weight = head.effective_weight() if isinstance(head, NormHead) else head.weight
+    target = shift_labels.reshape(-1).to(hidden_states.device)
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    total = linear_cross_entropy(hidden, weight, target, head.bias, ignore_index)
+    count = (target != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+
+
+def why_logits(model: PreTrainedModel) -> str | None:
+    """Why the loss of this model has to be made from logits, or None if it need not.
+
+    The weight of a head can be read past its `forward` only where nothing stands in between: no adapter, quantisation,
+    hook or shard.
+    """
+    head = model.lm_head
+    if model.loss_function is not ForCausalLMLoss:
+        return "the loss function was replaced by one that reads logits"
+    if type(head) not in (nn.Linear, NormHead):
+        return f"the head is a {type(head).__name__}, whose weight is not all that it computes with"
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+        return "the head has hooks"
+    if isinstance(head.weight, DTensor):
+        return "the weight of the head is sharded"
+    return None
+
+
+def skips_logits(
+    model: PreTrainedModel,
+    wanted: bool | None,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+) -> bool:
+    """Whether the loss is computed without logits: as `wanted`; if that is None, in training as the config wants; if
+    it wants nothing either, where they would be many.
+
+    Raises:
+        ValueError: if it was asked for and cannot be.
+    """
+    if wanted is None:
+        wanted = model.config.skip_logits if model.training and labels is not None else False
+    if wanted is False:
+        return False
+    reason = why_logits(model)
+    if labels is None:
+        reason = "without `labels` there is nothing else to compute"
+    elif isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0:
+        reason = "`logits_to_keep` asks for some"
+    if wanted and reason is not None:
+        raise ValueError(f"`skip_logits=True`, but {reason}: leave it out")
+    many = hidden_states.shape[:-1].numel() * model.config.vocab_size >= MANY_LOGITS
+    return bool(wanted) or (reason is None and many)
 
 
 def load_balancing_loss(

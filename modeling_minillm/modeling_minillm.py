@@ -39,9 +39,9 @@ from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
 from minillm.infilling import MiniLLMInfillingMixin
 from minillm.initialization import initialize, mark_gains
-from minillm.loss import join_router_loss, refuse_router_logits
+from minillm.loss import causal_lm_loss, join_router_loss, refuse_router_logits, skips_logits
 from minillm.masks import build_attention_inputs, require
-from minillm.normalization import NORMS
+from minillm.normalization import NORMS, NormHead
 from minillm.positions import POSITION_EMBEDDINGS, POSITION_TABLES, MiniLLMRotaryEmbedding
 from minillm.residual import residual_of
 
@@ -84,13 +84,6 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
     if logits_to_keep.ndim == 2:
         return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
     return hidden_states[:, logits_to_keep, :]
-
-
-class NormHead(nn.Linear):
-    """Output head whose rows are divided by their length (Baichuan2): `h @ normalize(W).T`, floor 1e-12."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states, nn.functional.normalize(self.weight, dim=-1, eps=1e-12), self.bias)
 
 
 class MiniLLMPreTrainedModel(PreTrainedModel):
@@ -333,6 +326,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMInfillingMixin, MiniLLMG
         block_position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         output_router_logits: bool | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """As `MiniLLMModel.forward`, and:
@@ -344,6 +338,9 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMInfillingMixin, MiniLLMG
                 [batch, n], or of the True positions of a boolean mask [batch, Q] (logits [n, vocab_size] then).
             output_router_logits: return router logits and the load-balancing loss `aux_loss` (`mlp_type="moe"`), and
                 add `router_aux_loss_coef` times that to the loss; as the config says if left out.
+            skip_logits: compute the loss without ever holding all logits, and return `logits=None`. Left out: in
+                training, given labels, if there would be more than `minillm.loss.MANY_LOGITS` of them and the head is
+                a plain one.
             kwargs: `num_items_in_batch` and `shift_labels` reach the loss.
 
         Returns:
@@ -364,10 +361,13 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMInfillingMixin, MiniLLMG
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states, logits, loss = outputs.last_hidden_state, None, None
+        if skips_logits(self, skip_logits, hidden_states, labels, logits_to_keep):
+            loss = causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
+        else:
+            logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return self.output_class(
             **join_router_loss(self.config, loss, outputs, attention_mask, self.model.gradient_checkpointing),
             logits=logits,

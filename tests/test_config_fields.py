@@ -45,6 +45,15 @@ def differ(tensors, others, least=1e-3):
     return any((tensor - other).abs().max() > least for tensor, other in zip(tensors, others, strict=True))
 
 
+def without_logits(base, changed):
+    """Whether training steps return logits."""
+    returned = []
+    for config in (base, changed):
+        inputs = batch(config, "plain")
+        returned.append(loud(config).train()(**inputs, labels=inputs["input_ids"]).logits is not None)
+    return returned == [True, False]
+
+
 def shapes(base, changed):
     return shapes_of(base) != shapes_of(changed)
 
@@ -216,6 +225,7 @@ FLIPS = [
     ("initializer_range", {}, 0.1, initialisation),
     ("scale_residual_init", {}, True, initialisation),
     ("use_cache", {}, False, cached),
+    ("skip_logits", {}, True, without_logits),
     ("pad_token_id", {"eos_token_id": END, "pad_token_id": 0}, 5, generated),
     ("bos_token_id", {}, 7, started),
     ("eos_token_id", {"pad_token_id": 0}, END, generated),
@@ -306,7 +316,7 @@ SAYS_NOTHING = {
 def has_any_effect(before, after):
     if shapes(before, after):
         return True
-    effects = [outputs, initialisation, gradients, training_outputs, cached, losses, recorded]
+    effects = [outputs, initialisation, gradients, training_outputs, cached, losses, recorded, without_logits]
     if before.position_embedding_type == "alibi":
         effects.append(far_outputs)
     if any(effect(before, after) for effect in effects):

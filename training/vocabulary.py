@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minillm.modeling_minillm import NormHead
+from minillm.normalization import NormHead
 from minillm.tokenization.vocabulary_extension import spell_new_tokens
 
 
