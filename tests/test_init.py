@@ -53,6 +53,7 @@ VARIANTS = {
     "layernorm_post": {"norm_type": "layernorm", "norm_placement": "post"},
     "deepnorm": {"norm_placement": "deepnorm", "norm_type": "layernorm", "mlp_bias": True},
     "deepnorm_mlp": {"norm_placement": "deepnorm", "mlp_type": "mlp", "hidden_act": "gelu"},
+    "deepnorm_geglu_shrink": {"norm_placement": "deepnorm", "hidden_act": "gelu", "embedding_gradient_scale": 0.1},
     "deepnorm_beta": {"norm_placement": "deepnorm", "deepnorm_beta": 0.3},
     "sandwich_norm": {"norm_placement": "sandwich"},
     "parallel": {"parallel_residual": True, "num_parallel_norms": 2},
