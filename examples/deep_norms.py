@@ -33,6 +33,7 @@ from minillm.training import (
 VARIANTS: dict[str, dict[str, Any]] = {
     "post": {"norm_placement": "post"},
     "post-small": {"norm_placement": "post", "initializer_range": 0.02},
+    "post-mlp": {"norm_placement": "post", "mlp_type": "mlp", "intermediate_size": None},  # not gated, as large
     "deepnorm": {"norm_placement": "deepnorm"},
     "pre": {"norm_placement": "pre"},
     "sandwich": {"norm_placement": "sandwich"},
@@ -170,6 +171,7 @@ def main(
         "max_position_embeddings": length,
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": hidden_size**-0.5,
     }
     schedule = {
         "max_steps": steps,
@@ -180,7 +182,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed, name in itertools.product(range(seeds), names):
-        config = MiniLLMConfig(**{"initializer_range": hidden_size**-0.5, **VARIANTS[name]}, **shape)
+        config = MiniLLMConfig(**{**shape, **VARIANTS[name]})
         started = time.monotonic()
         model, log = train(config, rows, collator, seed, output_dir=str(out), **schedule)
         seconds = round(time.monotonic() - started, 1)
