@@ -1,0 +1,97 @@
+"""What is timed: a training step, decoding with a cache, and one attention layer by itself."""
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from benchmarks.models import Contender, Shape, build, extra_inputs
+from benchmarks.timing import Stopwatch
+
+ATTENTION_NAMES = ("self_attn", "self_attention", "attn")
+
+
+def training_step(model: PreTrainedModel, name: str, ids: Iterator[torch.Tensor]) -> Callable[[], None]:
+    """Forward, backward and an update by AdamW.
+
+    Args:
+        name: of the model, which decides what goes in beside `ids`.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def run() -> None:
+        batch = next(ids)
+        model(input_ids=batch, labels=batch, use_cache=False, **extra_inputs(name, batch)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+class StartAfterPrompt(LogitsProcessor):
+    """Starts a stopwatch anew when the logits of the prompt are there."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
+        self.started = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self.started:
+            self.stopwatch.start()
+            self.started = True
+        return scores
+
+
+def decoding(
+    model: PreTrainedModel, prompts: Iterator[torch.Tensor], new: int, cache: str | None, stopwatch: Stopwatch
+) -> Callable[[], None]:
+    """Greedy `generate()` of `new` tokens, of which all but the first are timed: the prompt is not.
+
+    Args:
+        cache: transformers' `cache_implementation`; on CUDA a static one has the step compiled.
+    """
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    if cache is not None:
+        options["cache_implementation"] = cache
+
+    def run() -> None:
+        model.eval()
+        prompt = next(prompts)
+        processors = LogitsProcessorList([StartAfterPrompt(stopwatch)])
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=processors, **options)
+
+    return run
+
+
+def attention_layer(
+    contender: Contender, shape: Shape, ids: Iterator[torch.Tensor], device: str, buffers: int = 4
+) -> Callable[[], None]:
+    """Forward and backward of one attention layer, projections included, with the inputs that its model gives it.
+
+    The hidden states rotate through `buffers` tensors; masks, biases and cosines are made once, beforehand.
+    """
+    model = build(contender._replace(compiled=False), shape._replace(num_hidden_layers=1), device)
+    model.train().requires_grad_(False)
+    layer = next(layer for name, layer in model.named_modules() if name.rpartition(".")[2] in ATTENTION_NAMES)
+    seen: dict[str, Any] = {}
+    hook = layer.register_forward_pre_hook(
+        lambda module, positional, named: seen.update(positional=positional, named=named), with_kwargs=True
+    )
+    batch = next(ids)
+    with torch.no_grad():
+        model(input_ids=batch, use_cache=False, **extra_inputs(contender.model, batch))
+    hook.remove()
+    positional, named = seen["positional"], dict(seen["named"])
+    example = named.pop("hidden_states") if "hidden_states" in named else positional[0]
+    states = cycle([torch.randn_like(example).requires_grad_() for _ in range(buffers)])
+    gradient = torch.randn_like(example)
+
+    def run() -> None:
+        hidden = next(states)
+        hidden.grad = None
+        layer(hidden, *positional[1:], **named)[0].backward(gradient)
+
+    return run
