@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "post-mlp": {"norm_placement": "post", "mlp_type": "mlp", "intermediate_size": None},  # not gated, as large
     "deepnorm": {"norm_placement": "deepnorm"},
     "pre": {"norm_placement": "pre"},
+    "pre-small": {"norm_placement": "pre", "initializer_range": 0.02},
     "sandwich": {"norm_placement": "sandwich"},
 }
 BATCH_SIZE = 4

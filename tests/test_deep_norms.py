@@ -155,9 +155,9 @@ def moments(function, variance):
 def test_how_the_gradient_grows_from_the_top_layer_to_the_lowest(placement, mlp, act):
     """`norm(alpha h + f(h))` multiplies the mean square of a gradient by (alpha**2 + g) / (alpha**2 + v), where v is
     the mean square of f(h) and g that of its derivative. A linear map has g = v, and attention to a single token is
-    one. A product of two maps has a derivative of two terms: of size s each, bilinear gates have g = 2 v with
-    v = s ** 6, so post-norm's 48 layers multiply the gradient by 1.5 ** 24 = 16834; DeepNorm's hardly. With GELU in
-    the gate post-norm's factor is 781, without a gate 1.7.
+    one. The derivative of a product has two terms, so g = 2 v with bilinear gates: where v = 1, post-norm's 48 layers
+    multiply the gradient by 1.5 ** 24 = 16834; DeepNorm's hardly. With GELU in the gate post-norm's factor is 781,
+    without a gate 1.7.
     """
     seed = 0
     print(f"seed {seed}")
@@ -224,7 +224,7 @@ def run_script(example, *arguments):
 def test_the_script_writes_its_figures_and_a_picture(example, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=20)
     sizes = ("--steps", 6, "--layers", 3, "--hidden-size", 16, "--length", 32, "--seeds", 2)
-    names = ["post", "post-small", "post-mlp", "deepnorm", "pre", "sandwich"]
+    names = ["post", "post-small", "post-mlp", "deepnorm", "pre", "pre-small", "sandwich"]
     out = tmp_path / "out"
     done = run_script(example, "--corpus", corpus, *sizes, "--variants", ",".join(names), "--out", out)
     assert done.exit_code == 0, (done.output, done.exception)
