@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from minillm.blocked_attention import BlockedMask, blocked_attention
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.normalization import NORMS
 from minillm.positions import PositionBias, apply_rotary
@@ -88,7 +89,7 @@ class MiniLLMAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | BlockMask | None = None,
+        attention_mask: torch.Tensor | BlockMask | BlockedMask | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         position_bias: PositionBias | None = None,
         **kwargs,
@@ -117,6 +118,17 @@ class MiniLLMAttention(nn.Module):
         if cache is not None:
             # A paged cache reads its indices from the keyword arguments, and adds what its kernel needs.
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        if isinstance(attention_mask, BlockedMask):
+            output = blocked_attention(
+                query,
+                key,
+                value,
+                attention_mask,
+                lambda mask: self._local(query, mask, None)[0].to(query.device),
+                self.config.attention_dropout if self.training else 0.0,
+                self.scaling,
+            )
+            return self.o_proj(output.reshape(*shape, -1)), None
         attention_mask, position_bias = self._local(query, attention_mask, position_bias)
         if position_bias is not None:
             kwargs["position_bias"] = position_bias

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from minillm.attention import CACHE_NAME
+from minillm.blocked_attention import Block, BlockedMask
 from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.positions import POSITION_BIASES, POSITION_TABLES, PositionBias
@@ -23,14 +24,17 @@ from minillm.positions import POSITION_BIASES, POSITION_TABLES, PositionBias
 logger = logging.get_logger(__name__)
 
 LOWEST = torch.iinfo(torch.int64).min
+SHORT = 128
+"""Up to this length a mask on CPU is one block."""
 
 
 class AttentionInputs(NamedTuple):
     """What every layer's attention gets: positions [B or 1, Q], a mask (boolean [B or 1, 1, Q, K], additive
-    [B or 1, 1 or H, Q, K], a BlockMask, or None for plain causal) and, for flex only, the bias in closed form."""
+    [B or 1, 1 or H, Q, K], a BlockMask, a BlockedMask, or None for plain causal) and, for flex only, the bias in
+    closed form."""
 
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor | BlockMask | None
+    attention_mask: torch.Tensor | BlockMask | BlockedMask | None
     position_bias: PositionBias | None
 
 
@@ -283,6 +287,11 @@ class Layout:
 
         return visible, rows
 
+    def is_long_square(self) -> bool:
+        """Whether attention pays off in blocks: on CPU, over fresh keys that are not few, and in no graph."""
+        square = self.is_fresh and self.key_length == self.query_length > SHORT
+        return square and self.device.type == "cpu" and not is_tracing(self.position_ids)
+
     def is_plain(self) -> bool:
         """Whether the mask is all of a causal (or full) square, or a last row that sees every key."""
         window = self.config.sliding_window
@@ -297,12 +306,27 @@ class Layout:
 
 def dense_mask(layout: Layout) -> torch.Tensor:
     """The mask as a boolean tensor [B or 1, 1, Q, K]."""
-    visible, rows = layout.mask_mod()
+    return evaluate(layout, *layout.mask_mod(), Block(slice(0, layout.query_length), slice(0, layout.key_length)))
+
+
+def evaluate(layout: Layout, visible: Callable, rows: int, block: Block) -> torch.Tensor:
+    """A mask's predicate over part of its queries and keys, as a boolean tensor [rows, 1, queries, keys]."""
     batch, query, key = (
-        torch.arange(length, device=layout.device) for length in (rows, layout.query_length, layout.key_length)
+        torch.arange(part.start, part.stop, device=layout.device) for part in (slice(0, rows), *block)
     )
     mask = visible(batch[:, None, None, None], None, query[None, None, :, None], key[None, None, None, :])
     return mask.expand(rows, 1, -1, -1)
+
+
+def blocked_mask(layout: Layout, bias: PositionBias | None, dtype: torch.dtype) -> BlockedMask:
+    """The mask, with the bias if there is one, for SDPA on CPU."""
+    visible, rows = layout.mask_mod()
+
+    def additive(block: Block) -> torch.Tensor:
+        of_block = torch.zeros((), dtype=dtype) if bias is None else bias.of_block(*block).dense()
+        return combine(evaluate(layout, visible, rows, block), of_block, dtype)
+
+    return BlockedMask(layout.query_length, lambda block: evaluate(layout, visible, rows, block), additive)
 
 
 def block_mask(layout: Layout) -> BlockMask:
@@ -425,7 +449,10 @@ def build_attention_inputs(
     if kind == "flex":
         return AttentionInputs(positions, block_mask(layout), bias)
     causal_square = layout.query_length > 1 and config.attention_type != "bidirectional"
-    if bias is None and layout.is_plain() and not (kind == "eager" and causal_square):
+    plain = bias is None and layout.is_plain()
+    if kind == "sdpa" and layout.is_long_square() and (causal_square or not plain):
+        return AttentionInputs(positions, blocked_mask(layout, bias, inputs_embeds.dtype), None)
+    if plain and not (kind == "eager" and causal_square):
         return AttentionInputs(positions, None, None)
     bias = None if bias is None else bias.dense()
     return AttentionInputs(positions, combine(dense_mask(layout), bias, inputs_embeds.dtype), None)

@@ -157,6 +157,12 @@ class PositionBias:
         """The bias [B or 1, H, Q, K] (Q may be 1 where it does not depend on the query), float32."""
         raise NotImplementedError
 
+    def of_block(self, queries: slice, keys: slice) -> "PositionBias":
+        """The bias of some of the queries on some of the keys."""
+        part = copy.copy(self)
+        part.query_positions, part.key_positions = self.query_positions[:, queries], self.key_positions[:, keys]
+        return part
+
     def __getitem__(self, index: tuple) -> torch.Tensor:
         raise NotImplementedError
 

@@ -26,12 +26,26 @@ from matrix_cases import (
 )
 from reference import describe_rows, reference_logits
 
+from minillm import blocked_attention, masks
+
 BACK_ENDS = ("eager", "sdpa")
 CASES = dict(attention_cases())
 
 
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Has attention on CPU run in blocks of so many queries, whose masks are kept, or made anew for each layer."""
+
+    def switch(size, kept):
+        monkeypatch.setattr(masks, "SHORT", size)
+        monkeypatch.setattr(blocked_attention, "block_size", lambda length: size)
+        monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", 2**26 if kept else 0)
+
+    return switch
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_equal_the_twin(case):
+def test_logits_and_gradients_equal_the_twin(case, in_blocks):
     config = tiny_config(**CASES[case])
     model = loud_model(config)
     weights = double_weights(model)
@@ -41,6 +55,10 @@ def test_logits_and_gradients_equal_the_twin(case):
         for back_end in BACK_ENDS:
             model.set_attn_implementation(back_end)
             assert_same_run(model_run(model, inputs), expected, inputs, f"{case}, {layout}, {back_end}")
+        for size, kept in ((3, True), (4, False)):
+            in_blocks(size, kept)
+            assert_same_run(model_run(model, inputs), expected, inputs, f"{case}, {layout}, blocks of {size}")
+        in_blocks(LENGTH, True)
 
 
 @pytest.mark.parametrize(
