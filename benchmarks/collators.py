@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.models import Contender, build, rotating_ids
+from benchmarks.speed import PLANS
+from benchmarks.steps import training_step
+from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, summarise
 from minillm.training import (
     DataCollatorForCausalLM,
     DataCollatorForGLM,
@@ -81,6 +85,32 @@ def measure(documents: list[dict[str, list[int]]], length: int, batch_size: int,
         }
         for name in contenders
     ]
+
+
+def measure_against_training(options: Options) -> dict[str, Any]:
+    """Tokens per second that each collator makes on one core, and those that training of the smallest preset takes."""
+    plan, name = PLANS[options.size], "MiniLLM causal"
+    rows, length = max(1, plan.tokens // plan.lengths[-1]), plan.lengths[-1]
+    documents = made_up_documents(40 if options.tiny else 1000)
+    tokens = sum(len(document["input_ids"]) for document in documents)
+    runs, of_run = {}, {"training step": rows * length}
+    for kind, collator in collators(length).items():
+        packed = pack_dataset(documents, collator)
+        runs[kind] = lambda collator=collator, packed=packed: one_round(collator, packed, 16)
+        of_run[kind] = tokens
+    ids = rotating_ids(plan.shape, rows, length, options.device)
+    runs["training step"] = training_step(build(Contender(name), plan.shape, options.device), name, ids)
+    times = interleave(runs, Stopwatch(options.device, options.clock), options)
+    what = f"batches of rows of {length} tokens"
+    result: dict[str, Any] = {"settings": plan.shape._asdict(), "rows": [], "comparisons": [], "not_measured": []}
+    for kind, values in times.items():
+        summary = summarise(values)
+        speed = {"tokens_per_second": of_run[kind] / summary["median"]}
+        result["rows"].append({"what": what, "contender": kind, "unit": "s", **summary, **speed})
+    each = {kind: [value / of_run[kind] for value in values] for kind, values in times.items()}
+    for kind in list(times)[:-1]:
+        result["comparisons"] += compare(what, each, Comparison(kind, "training step", at_least=1.0))
+    return result
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,11 +18,14 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.timing import Options, summarise
 
 GB = 10**9
 LLAMA_7B = {
@@ -35,10 +38,13 @@ LLAMA_7B = {
 # Not a divisor of any size here, so that no two rows of a tensor are the same.
 PERIOD = 1_000_003
 CONVERSION = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 from minillm.conversion import convert
 
 def peak():
+    # What getrusage tells is at least the peak of the parent process; Linux has this process's own as well.
+    if os.path.exists("/proc/self/status"):
+        return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
     # In kilobytes, but for macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -131,6 +137,39 @@ def measure(folder: Path, config: LlamaConfig, input_shard: str, output_shard: s
     }
 
 
+def shape_of(layers: int, hidden_size: int = LLAMA_7B["hidden_size"]) -> dict[str, int]:
+    """LLaMA-7B's, with so many layers; in another width also with a small vocabulary."""
+    shape = LLAMA_7B | {"hidden_size": hidden_size, "num_hidden_layers": layers}
+    if hidden_size != LLAMA_7B["hidden_size"]:
+        shape |= {"intermediate_size": 2 * hidden_size, "vocab_size": 1024}
+    return shape
+
+
+def measure_in_rounds(options: Options) -> dict[str, Any]:
+    """Seconds and peak of a few layers of LLaMA-7B, converted up to three times."""
+    layers, width = (2, 256) if options.tiny else (4, LLAMA_7B["hidden_size"])
+    shards = ("1MB", "300KB") if options.tiny else ("1GB", "500MB")
+    figures = []
+    for _ in range(min(3, options.steps)):
+        with tempfile.TemporaryDirectory() as folder:
+            figures.append(measure(Path(folder), LlamaConfig(**shape_of(layers, width)), *shards))
+    what = f"convert, {figures[0]['bytes'] / GB:.2f} GB in shards of {shards[0]}, written in shards of {shards[1]}"
+    rows = [
+        {
+            "what": f"{what}: {label}",
+            "contender": "MiniLLM",
+            "unit": unit,
+            **summarise([told[key] for told in figures]),
+        }
+        for label, key, unit in (
+            ("time", "seconds", "s"),
+            ("peak memory", "peak", "B"),
+            ("before", "peak_before", "B"),
+        )
+    ]
+    return {"settings": shape_of(layers, width), "rows": rows, "comparisons": [], "not_measured": []}
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
@@ -140,9 +179,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--folder", type=Path, help="where to write; left out: the system's temporary folder")
     parser.add_argument("--json", type=Path, help="file for the figures, in bytes and seconds")
     options = parser.parse_args(arguments)
-    shape = LLAMA_7B | {"hidden_size": options.hidden_size, "num_hidden_layers": options.layers}
-    if options.hidden_size != LLAMA_7B["hidden_size"]:
-        shape |= {"intermediate_size": 2 * options.hidden_size, "vocab_size": 1024}
+    shape = shape_of(options.layers, options.hidden_size)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         free, needed = shutil.disk_usage(folder).free, 5 * parameters(shape)
         if free < needed:

@@ -145,7 +145,9 @@ class Comparison(NamedTuple):
 def best(values: dict[str, list[float]], names: str | tuple[str, ...]) -> str | None:
     """The name with the least median, of those that were measured."""
     names = (names,) if isinstance(names, str) else names
-    return min((name for name in names if values.get(name)), key=lambda name: statistics.median(values[name]), default=None)
+    return min(
+        (name for name in names if values.get(name)), key=lambda name: statistics.median(values[name]), default=None
+    )
 
 
 def compare(what: str, values: dict[str, list[float]], comparison: Comparison, quantity: str = "speed") -> list[dict]:

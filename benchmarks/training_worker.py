@@ -4,9 +4,11 @@ The peak of a process counts from its start, so that each measurement gets a fre
 growing order. On CUDA the peak is the allocator's, which can be reset: there the cases run in the calling process.
 """
 
-import json
-import subprocess
+import multiprocessing
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +16,14 @@ import psutil
 import torch
 
 from benchmarks.models import Contender, Shape, build, rotating_ids
-from benchmarks.steps import training_step
-from benchmarks.timing import Stopwatch
+from benchmarks.steps import adamw, training_step
+from benchmarks.timing import Options, Stopwatch, interleave
 
-ROOT = Path(__file__).parent.parent
+TOY = Shape(64, 16, 1, 2, 16)
 
 
 class TrainingCase(NamedTuple):
-    """A model, a batch of `rows` x `length` tokens, and how many steps are timed after one that is not."""
+    """A model, a batch of `rows` x `length` tokens, and how many steps are timed; several follow one that is not."""
 
     contender: Contender
     shape: Shape
@@ -38,7 +40,7 @@ def current_memory(device: str) -> int:
 def peak_memory(device: str) -> int:
     """The most bytes that this process ever held; on CUDA since the last reset.
 
-    What `getrusage` tells is inherited from the parent, whose own peak may be higher: Linux keeps this process's apart.
+    What `getrusage` tells is at least the peak of the parent process; Linux has this process's own as well.
     """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -52,28 +54,55 @@ def peak_memory(device: str) -> int:
 
 
 def run_case(case: TrainingCase, device: str, clock: str) -> dict[str, Any] | None:
-    """Seconds of each step and bytes: `before` a step, when weights and the optimiser's state are there, and `peak`.
-
-    None if the device's memory did not suffice.
-    """
+    """Seconds of each timed step, and bytes: `before` a step, when there are weights and the optimiser's state, and
+    at the `peak`; None if the device's memory did not suffice."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     stopwatch = Stopwatch(device, clock)
     try:
         model = build(case.contender, case.shape, device)
+        optimizer = adamw(model)
+        # A short step makes the optimiser's state.
+        training_step(model, case.contender.model, rotating_ids(case.shape, 1, 8, device), optimizer)()
+        before = current_memory(device)
         ids = rotating_ids(case.shape, case.rows, case.length, device)
-        step = training_step(model, case.contender.model, ids)
-        # A short one makes the optimiser's state.
-        training_step_of_one_row(model, case, step.optimizer, device)
-        before, seconds = current_memory(device), []
-        if case.steps > 1:
-            step()
-        for _ in range(case.steps):
-            stopwatch.wait()
-            stopwatch.start()
-            step()
-            seconds.append(stopwatch.stop())
+        runs = {"step": training_step(model, case.contender.model, ids, optimizer)}
+        seconds = interleave(runs, stopwatch, Options(case.steps), warmup=min(case.steps - 1, 1))["step"]
     except torch.OutOfMemoryError:
         return None
-    return {"seconds": seconds, "before": before, "peak": peak_memory(device)}
+    return {"seconds": seconds, "before": before, "peak": peak_memory(device)} if seconds else None
+
+
+def warm_up(contender: Contender, device: str, threads: int) -> int:
+    """Bytes that are held when all code was in use once: what is more later on belongs to a case."""
+    torch.set_num_threads(threads)
+    run_case(TrainingCase(contender, TOY, 1, TOY.length), device, "wall")
+    return current_memory(device)
+
+
+def run_cases(cases: Sequence[TrainingCase], device: str, clock: str) -> list[dict[str, Any] | None]:
+    """What `run_case` tells of each, and `start`, the bytes that were held before the first.
+
+    On CPU they are to be in growing order, of one contender; a case for which the system's memory did not suffice, and
+    those behind it, are None.
+    """
+    first = (cases[0].contender, device, torch.get_num_threads())
+    if device == "cuda":
+        start = warm_up(*first)
+        told = [run_case(case, device, clock) for case in cases]
+        return [result and {"start": start, **result} for result in told]
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    # Imported once by the server, from which fresh processes fork.
+    context.set_forkserver_preload([__name__])
+    told = []
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            start = pool.submit(warm_up, *first).result()
+            for case in cases:
+                result = pool.submit(run_case, case, device, clock).result()
+                told.append(result and {"start": start, **result})
+        except BrokenProcessPool:
+            told += [None] * (len(cases) - len(told))
+    return told

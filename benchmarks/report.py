@@ -1,0 +1,127 @@
+"""What a measurement leaves behind: tables in Markdown, the same figures as JSON beside facts of the environment."""
+
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy
+import tokenizers
+import torch
+import transformers
+
+import minillm
+from benchmarks.pictures import draw
+from benchmarks.timing import Options
+
+Result = dict[str, Any]
+
+
+def load_average() -> list[float] | None:
+    """Processes that want to run, over 1, 5 and 15 minutes: above the number of cores, times are disturbed."""
+    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def environment(options: Options) -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    facts = {
+        "date": date.today().isoformat(),
+        "minillm": minillm.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "tokenizers": tokenizers.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+        "clock": options.clock,
+        "steps": options.steps,
+        "tiny": options.tiny,
+        "load_before": load_average(),
+    }
+    if options.device == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clock": "CUDA events"}
+    return facts
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands with commas."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - int(numpy.floor(numpy.log10(abs(value)))))
+    return f"{value:,.{digits}f}"
+
+
+def amount(value: float, unit: str) -> str:
+    """Seconds or bytes in a readable unit."""
+    scales = {"s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")), "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))}[
+        unit
+    ]
+    factor, name = next((scale for scale in scales if abs(value) >= scale[0]), scales[-1])
+    return f"{number(value / factor)} {name}"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def comparison_table(comparisons: list[Result]) -> str:
+    """Ratios with their intervals, and whether a target is met."""
+    rows = []
+    for row in comparisons:
+        bounds = (("≥", row["at_least"]), ("≤", row["at_most"]))
+        target = ", ".join(f"{sign} {bound:.2f}" for sign, bound in bounds if bound is not None)
+        low, high = row["interval"]
+        ratio = f"{number(row['median'])} ({number(low)} to {number(high)})"
+        met = {None: "", True: "yes", False: "no"}[row["met"]]
+        rows.append((row["what"], row["contender"], row["baseline"], row["quantity"], ratio, target, met))
+    return table(("what", "contender", "against", "ratio of", "median (95 % interval)", "target", "met"), rows)
+
+
+def row_table(rows: list[Result]) -> str:
+    """Medians, their intervals and the spread of each contender."""
+    lines = []
+    for row in rows:
+        unit, (low, high), (least, greatest) = row["unit"], row["interval"], row["spread"]
+        interval, spread = (f"{amount(a, unit)} to {amount(b, unit)}" for a, b in ((low, high), (least, greatest)))
+        speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
+        lines.append((row["what"], row["contender"], amount(row["median"], unit), interval, spread, speed))
+    return table(("what", "contender", "median", "95 % interval", "spread", "tokens/s"), lines)
+
+
+def growth_tables(rows: list[Result]) -> str:
+    """One table an axis: time and peak memory, a row a value, a column a contender."""
+    parts = []
+    for axis in dict.fromkeys(row["what"] for row in rows):
+        points = {(row["value"], row["contender"]): row for row in rows if row["what"] == axis}
+        values, names = (list(dict.fromkeys(key[index] for key in points)) for index in (0, 1))
+        lines = []
+        for value in values:
+            cells = (points.get((value, name)) for name in names)
+            texts = ("" if p is None else f"{amount(p['median'], 's')}, {amount(p['peak_bytes'], 'B')}" for p in cells)
+            lines.append((f"{value:,}", *texts))
+        parts.append(table((axis, *names), lines))
+    return "\n\n".join(parts)
+
+
+def markdown(kind: str, result: Result) -> str:
+    """All tables of a kind."""
+    parts = [comparison_table(result["comparisons"])] if result["comparisons"] else []
+    parts.append(growth_tables(result["rows"]) if kind == "growth" else row_table(result["rows"]))
+    if result["not_measured"]:
+        lines = [", ".join(f"{value}" for value in lacking.values()) for lacking in result["not_measured"]]
+        parts.append("\n".join(["Not measured:", "", *(f"- {line}" for line in lines)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(out: Path, kind: str, result: Result) -> None:
+    """`KIND.json`, `KIND.md` and pictures into a folder, which is made if need be."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{kind}.json").write_text(json.dumps({"kind": kind, **result}, indent=1) + "\n", "utf-8")
+    (out / f"{kind}.md").write_text(markdown(kind, result), "utf-8")
+    draw(out, kind, result)
