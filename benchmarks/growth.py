@@ -8,16 +8,14 @@ from benchmarks.models import Contender, Shape
 from benchmarks.timing import Options
 from benchmarks.training_worker import TrainingCase, run_cases
 
-CONTENDERS = {
-    "cpu": tuple(Contender(name) for name in ("Llama", "Bloom", "MiniLLM causal", "MiniLLM prefix", "MiniLLM alibi")),
-    "cuda": (
-        Contender("Llama", "sdpa"),
-        Contender("Bloom"),
-        Contender("MiniLLM causal", "sdpa"),
-        Contender("MiniLLM prefix", "flex_attention"),
-        Contender("MiniLLM alibi", "flex_attention"),
-    ),
-}
+ON_CPU = tuple(Contender(name) for name in ("Llama", "Bloom", "MiniLLM causal", "MiniLLM prefix", "MiniLLM alibi"))
+ON_CUDA = (
+    Contender("Llama", "sdpa"),
+    Contender("Bloom"),
+    Contender("MiniLLM causal", "sdpa"),
+    Contender("MiniLLM prefix", "flex_attention"),
+    Contender("MiniLLM alibi", "flex_attention"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Plan:
     shape: Shape
     batch: int
     axes: dict[str, tuple[int, ...]]
+    contenders: tuple[Contender, ...]
     steps: int = 3
 
 
@@ -40,6 +39,7 @@ PLANS = {
             "layers": (1, 2, 4, 8, 16),
             "vocabulary": (4096, 16384, 65536, 262144),
         },
+        ON_CPU,
     ),
     "cuda": Plan(
         Shape(32768, 1024, 4, 16, 2048, tie_word_embeddings=False),
@@ -50,8 +50,9 @@ PLANS = {
             "layers": (1, 2, 4, 8, 16),
             "vocabulary": (32768, 65536, 131072, 262144),
         },
+        ON_CUDA,
     ),
-    "tiny": Plan(Shape(64, 16, 1, 2, 16), 1, {"length": (16, 32), "vocabulary": (64, 128)}, steps=1),
+    "tiny": Plan(Shape(64, 16, 1, 2, 16), 1, {"length": (16, 32)}, (ON_CPU[0], ON_CPU[-1]), steps=1),
 }
 
 
@@ -67,7 +68,7 @@ def measure(options: Options) -> dict[str, Any]:
     settings = {**plan.shape._asdict(), "batch": plan.batch}
     result: dict[str, Any] = {"settings": settings, "rows": [], "comparisons": [], "not_measured": []}
     for axis, values in plan.axes.items():
-        for contender in CONTENDERS[options.device]:
+        for contender in plan.contenders:
             if options.out_of_time():
                 lacking = {"what": axis, "contender": contender.name, "reason": "no time was left"}
                 result["not_measured"].append(lacking)

@@ -46,8 +46,8 @@ def draw_comparisons(path: Path, comparisons: list[Result]) -> None:
             panel.plot([row["median"]], [height], "o", color="tab:blue", markersize=5)
             target = row["at_most"] if row["at_least"] is None else row["at_least"]
             if target is not None:
-                panel.plot([target], [height], "|", color="tab:red", markersize=14)
-        panel.axvline(1, color="black", linewidth=0.6)
+                panel.plot([target], [height], "|", color="tab:red", markersize=14, markeredgewidth=1.6, zorder=3)
+        panel.axvline(1, color="gray", linewidth=0.8, zorder=0)
         panel.set_yticks(range(len(rows)), [f"{row['contender']} : {row['baseline']}" for row in rows], fontsize=8)
         panel.set_ylim(-0.6, len(rows) - 0.4)
         panel.set_title(what, fontsize=9)

@@ -94,6 +94,14 @@ def row_table(rows: list[Result]) -> str:
     return table(("what", "contender", "median", "95 % interval", "spread", "tokens/s"), lines)
 
 
+def speed_table(rows: list[Result]) -> str:
+    """Tokens per second: a row a contender, a column for each thing that was timed."""
+    points = {(row["contender"], row["what"]): f"{row['tokens_per_second']:,.0f}" for row in rows}
+    names, whats = (tuple(dict.fromkeys(key[index] for key in points)) for index in (0, 1))
+    lines = [(name, *(points.get((name, what), "") for what in whats)) for name in names]
+    return table(("tokens per second", *whats), lines)
+
+
 def growth_tables(rows: list[Result]) -> str:
     """One table an axis: time and peak memory, a row a value, a column a contender."""
     parts = []
@@ -109,10 +117,16 @@ def growth_tables(rows: list[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def markdown(kind: str, result: Result) -> str:
-    """All tables of a kind."""
+def markdown(kind: str, result: Result, brief: bool = False) -> str:
+    """The tables of a kind; in brief, speeds without spreads."""
+    rows = result["rows"]
     parts = [comparison_table(result["comparisons"])] if result["comparisons"] else []
-    parts.append(growth_tables(result["rows"]) if kind == "growth" else row_table(result["rows"]))
+    if kind == "growth":
+        parts.append(growth_tables(rows))
+    elif brief and all("tokens_per_second" in row for row in rows):
+        parts.append(speed_table(rows))
+    else:
+        parts.append(row_table(rows))
     if result["not_measured"]:
         lines = [", ".join(f"{value}" for value in lacking.values()) for lacking in result["not_measured"]]
         parts.append("\n".join(["Not measured:", "", *(f"- {line}" for line in lines)]))

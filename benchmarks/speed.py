@@ -103,7 +103,7 @@ PLANS = {
         DECODING_ON_CUDA,
         ATTENTION_ON_CUDA,
     ),
-    "tiny": Plan(Shape(128, 32, 2, 2, 32), (16, 32), 64, (1, 2), 4, None, BOTH, BOTH, (DENSE,)),
+    "tiny": Plan(Shape(128, 32, 2, 2, 32), (32,), 64, (2,), 4, None, BOTH, BOTH, (DENSE,)),
 }
 
 Runs = dict[str, Callable[[], object]]

@@ -32,9 +32,9 @@ def import_seconds(statement: str, clock: str) -> float:
 
 
 def import_times(options: Options) -> dict[str, list[float]]:
-    """Seconds of each import in fresh processes that take turns; files are in the system's cache from the first on."""
+    """Seconds of each import in fresh processes that take turns. A first pair reads the files and does not count."""
     times: dict[str, list[float]] = {name: [] for name in IMPORTS}
-    for index in range(-1, options.steps):
+    for index in range(0 if options.tiny else -1, options.steps):
         for name in list(IMPORTS)[:: 1 if index % 2 else -1]:
             elapsed = import_seconds(IMPORTS[name], options.clock)
             if index >= 0:

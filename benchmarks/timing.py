@@ -91,6 +91,9 @@ def interleave(
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     alive = list(runs)
+    # What is there already need not be searched for garbage in every round.
+    gc.collect()
+    gc.freeze()
     for index in range(-warmup, options.steps):
         if index >= FEWEST_ROUNDS and options.out_of_time():
             break
@@ -110,6 +113,7 @@ def interleave(
             elapsed = stopwatch.stop()
             if index >= 0:
                 times[name].append(elapsed)
+    gc.unfreeze()
     return times
 
 
