@@ -13,7 +13,7 @@ The text is cut into rows of `--length` tokens. From each seed start, with the s
 - `glm_blanks`: GLM's objective with short spans, `[MASK]`.
 - `glm_document`: GLM's objective with the ends of rows, `[gMASK]`.
 
-Left: `results.json`, with each seed's figures, and `glm-proof.png`. Needs matplotlib (`pip install minillm-hf[train]`).
+What is left: `results.json`, with each seed's figures, and `glm-proof.png` (needs `pip install minillm-hf[train]`).
 """
 
 import json
@@ -22,6 +22,7 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -58,6 +59,9 @@ class Scores(NamedTuple):
 
     def part(self, labels: slice) -> "Scores":
         return Scores([row[labels] for row in self.nll], [row[labels] for row in self.hit])
+
+    def of_rows(self, chosen: Sequence[bool]) -> "Scores":
+        return Scores(list(compress(self.nll, chosen)), list(compress(self.hit, chosen)))
 
     @property
     def perplexity(self) -> float:
@@ -305,9 +309,12 @@ def measure(name: str, model: Any, tokenizer: Any, rows: Sequence[list[int]], fr
     filled = score_rows(model, [causal_row(ids, blank.start, blank.stop) for ids, blank in pairs])
     word = score_rows(model, [causal_row(ids, start, len(ids)) for ids, start in words])
     text = score_rows(model, [causal_row(ids, 1, len(ids)) for ids in rows])
+    single = filled.of_rows([blank.stop - blank.start == 1 for blank in blanks])
     return {
         "blank_perplexity": filled.perplexity,
         "blank_exact_length_known": filled.exact,
+        "single_token_perplexity": single.perplexity,
+        "single_token_exact_length_known": single.exact,
         "second_half_perplexity": text.part(slice(len(rows[0]) // 2 - 1, None)).perplexity,
         "row_perplexity": text.perplexity,
         "word_perplexity": word.perplexity,
@@ -329,6 +336,11 @@ def measure_blanks(model: Any, tokenizer: Any, rows: Sequence[list[int]], blanks
             f"blank_perplexity_length_known{reading}": known.perplexity,
             f"blank_exact{reading}": scores.exact,
             f"blank_exact_length_known{reading}": known.exact,
+        }
+        known = known.of_rows([blank.stop - blank.start == 1 for blank in blanks])
+        figures |= {
+            f"single_token_perplexity_length_known{reading}": known.perplexity,
+            f"single_token_exact_length_known{reading}": known.exact,
         }
     return figures
 
@@ -368,7 +380,11 @@ def run_seed(
         set_seed(seed)
         model = build_model(name, tokenizer, recipe)
         cost = train(model, build_collator(name, tokenizer, seed, recipe.mask_fraction), rows, steps, seed, recipe)
-        run[name] = cost | measure(name, model, tokenizer, held_out, recipe.mask_fraction)
+        run[name] = (
+            {"parameters": model.num_parameters()}
+            | cost
+            | measure(name, model, tokenizer, held_out, recipe.mask_fraction)
+        )
         print(f"seed {seed}, {name}: {json.dumps(run[name])}", flush=True)
     return run
 
