@@ -18,8 +18,9 @@ from minillm.training import DataCollatorForSFT
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DOCS = EXAMPLES.parent / "docs"
+EXAMPLE_PAGES = ("training.md", "tokenizers.md", "conversion.md", "infilling.md")
 # An experiment also writes down and draws what it found.
-LONGEST = {"deep_norms.py": 210}
+LONGEST = {"deep_norms.py": 210, "glm_proof.py": 450, "glm_proof_picture.py": 75}
 
 
 def run_example(name, *arguments, folder):
@@ -114,10 +115,10 @@ def test_a_converted_llama_learns_and_comes_out_a_llama(tmp_path):
 
 
 def test_examples_are_short_and_named_on_a_page():
-    pages = "".join((DOCS / name).read_text("utf-8") for name in ("training.md", "tokenizers.md", "conversion.md"))
+    pages = "".join((DOCS / name).read_text("utf-8") for name in EXAMPLE_PAGES)
     files = sorted(EXAMPLES.glob("*.py"))
-    names = ["convert_and_tune.py", "deep_norms.py", "extend_vocabulary.py", "pretrain.py", "sft_lora.py"]
-    assert [file.name for file in files] == names
+    names = "convert_and_tune deep_norms extend_vocabulary glm_proof glm_proof_picture pretrain sft_lora".split()
+    assert [file.stem for file in files] == names
     for file in files:
         text = file.read_text("utf-8")
         assert len(text.splitlines()) <= LONGEST.get(file.name, 85) and f"examples/{file.name}" in pages
