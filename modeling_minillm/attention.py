@@ -11,8 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minillm.blocked_attention import BlockedMask, blocked_attention
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.normalization import NORMS
-from minillm.positions import PositionBias, apply_rotary
+from minillm.normalization import NORMS, identity
+from minillm.positions import PositionBias, apply_rotary, pair_swap
 
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this transformers calls the key/value cache; it was `past_key_values` before 5.24."""
@@ -83,8 +83,10 @@ class MiniLLMAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = NORMS[config.norm_type](config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = NORMS[config.norm_type](config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = NORMS[config.norm_type](config, config.head_dim) if config.qk_norm else identity
+        self.k_norm = NORMS[config.norm_type](config, config.head_dim) if config.qk_norm else identity
+        self.swap = pair_swap(config)
+        self.dropout = config.attention_dropout
 
     def forward(
         self,
@@ -99,7 +101,7 @@ class MiniLLMAttention(nn.Module):
         Args:
             hidden_states: [batch, Q, hidden].
             attention_mask, position_bias: as `minillm.masks.build_attention_inputs` makes them.
-            position_embeddings: cosines and sines [batch or 1, Q, rotary channels], or None without RoPE.
+            position_embeddings: cosines and signed sines [batch or 1, 1, Q, rotary channels], or None without RoPE.
             kwargs: the cache, which takes this layer's keys and values, under `CACHE_NAME`; the rest is for the back
                 end.
 
@@ -112,8 +114,8 @@ class MiniLLMAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if position_embeddings is not None:
-            query = apply_rotary(query, *position_embeddings, self.config)
-            key = apply_rotary(key, *position_embeddings, self.config)
+            query = apply_rotary(query, *position_embeddings, self.swap)
+            key = apply_rotary(key, *position_embeddings, self.swap)
         cache: Cache | None = kwargs.pop(CACHE_NAME, None)
         if cache is not None:
             # A paged cache reads its indices from the keyword arguments, and adds what its kernel needs.
@@ -125,7 +127,7 @@ class MiniLLMAttention(nn.Module):
                 value,
                 attention_mask,
                 lambda mask: self._local(query, mask, None)[0].to(query.device),
-                self.config.attention_dropout if self.training else 0.0,
+                self.dropout if self.training else 0.0,
                 self.scaling,
             )
             return self.o_proj(output.reshape(*shape, -1)), None
@@ -141,7 +143,7 @@ class MiniLLMAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=self.dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,

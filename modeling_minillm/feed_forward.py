@@ -8,14 +8,15 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.normalization import identity
 
 # Gates whose second factor is activated too, or not at all (arXiv 1612.08083, 2002.05202): (gate, up) activations.
-GATES = {"gtu": (torch.sigmoid, torch.tanh), "bilinear": (nn.Identity(), nn.Identity())}
+GATES = {"gtu": (torch.sigmoid, torch.tanh), "bilinear": (identity, identity)}
 
 
 def gate_functions(hidden_act: str) -> tuple[Callable, Callable]:
     """The functions on the two factors of a gated feed-forward: (gate, up)."""
-    return GATES[hidden_act] if hidden_act in GATES else (ACT2FN[hidden_act], nn.Identity())
+    return GATES[hidden_act] if hidden_act in GATES else (ACT2FN[hidden_act], identity)
 
 
 class MiniLLMMLP(nn.Module):

@@ -5,6 +5,7 @@ the files beside this one and are chosen when a layer is built; masks and biases
 `minillm.masks`.
 """
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ from minillm.generation import MiniLLMGenerationMixin
 from minillm.infilling import MiniLLMInfillingMixin
 from minillm.initialization import initialize, mark_gains
 from minillm.loss import causal_lm_loss, join_router_loss, refuse_router_logits, skips_logits
-from minillm.masks import build_attention_inputs, require
-from minillm.normalization import NORMS, NormHead
+from minillm.masks import build_attention_inputs
+from minillm.normalization import NORMS, NormHead, identity
 from minillm.positions import POSITION_EMBEDDINGS, POSITION_TABLES, MiniLLMRotaryEmbedding
 from minillm.residual import residual_of
 
@@ -67,7 +68,7 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
         self.mlp = MLPS[config.mlp_type](config)
         for name in residual.norms:
             setattr(self, name, NORMS[config.norm_type](config, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else identity
         mark_gains(self, config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -142,7 +143,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             setattr(self, name, nn.Embedding(config.position_table_size, config.hidden_size))
         if config.embedding_norm:
             self.embed_layernorm = NORMS[config.norm_type](config, config.hidden_size)
-        self.embed_dropout = nn.Dropout(config.embedding_dropout)
+        self.embed_dropout = nn.Dropout(config.embedding_dropout) if config.embedding_dropout else identity
         if config.position_embedding_type == "rope":
             self.rotary_emb = MiniLLMRotaryEmbedding(config)
         self.layers = nn.ModuleList(MiniLLMDecoderLayer(config, index) for index in range(config.num_hidden_layers))
@@ -194,11 +195,11 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
-            require(
-                (input_ids >= 0) & (input_ids < self.config.vocab_size),
-                f"`input_ids` hold an id outside the vocabulary of {self.config.vocab_size} tokens",
-            )
-            inputs_embeds = self.embed_tokens(input_ids)
+            try:
+                inputs_embeds = self.embed_tokens(input_ids)
+            except IndexError as error:
+                message = f"`input_ids` hold an id outside the vocabulary of {self.config.vocab_size} tokens"
+                raise ValueError(message) from error
         without_prefix = prefix_mask is None and self.training and self.config.attention_type == "prefix"
         if without_prefix and not is_tracing(inputs_embeds):
             logger.warning_once(
@@ -223,7 +224,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         if self.config.position_embedding_type == "rope":
             position_embeddings = self.rotary_emb(hidden_states, attention.position_ids, block_position_ids)
         # A cut config has part of the model decode, as a draft of its own (`assistant_early_exit`).
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=attention.attention_mask,

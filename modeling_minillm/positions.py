@@ -5,6 +5,7 @@ Shapes: B batch, H heads, Q new tokens, K keys, D channels. Positions are intege
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ class MiniLLMRotaryEmbedding(nn.Module):
         super().__init__()
         config.standardize_rope_params()
         self.config = config
+        self.interleaved, self.two_axes = config.rope_interleaved, config.rope_2d
         self.rope_type = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
@@ -50,22 +52,28 @@ class MiniLLMRotaryEmbedding(nn.Module):
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns cosines and sines [B, Q, rotary channels] in the dtype of `x`; both axes side by side in 2D."""
+        """Returns cosines and signed sines [B, 1, Q, rotary channels] in the dtype of `x`; both axes side by side in
+        2D."""
         cos, sin = self.rotate(x, position_ids)
-        if self.config.rope_2d:
+        if self.two_axes:
             second = torch.zeros_like(position_ids) if block_position_ids is None else block_position_ids
             block_cos, block_sin = self.rotate(x, second)
             cos = torch.cat(torch.broadcast_tensors(cos, block_cos), dim=-1)
             sin = torch.cat(torch.broadcast_tensors(sin, block_sin), dim=-1)
-        return cos, sin
+        return cos.unsqueeze(1), sin.unsqueeze(1)
 
     @torch.no_grad()
     @dynamic_rope_update
     def rotate(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines along one axis, each frequency twice as `rope_interleaved` lays them out."""
+        """Cosines and sines along one axis, each frequency twice as `rope_interleaved` lays them out, with the sine
+        negative for the first of a pair."""
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = angles.repeat_interleave(2, dim=-1) if self.config.rope_interleaved else angles.repeat(1, 1, 2)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        if self.interleaved:
+            cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+        else:
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def inverse_frequencies(config: MiniLLMConfig, theta: float) -> torch.Tensor:
@@ -81,23 +89,38 @@ def compute_ntk(config: MiniLLMConfig, *args, **kwargs) -> tuple[torch.Tensor, f
     return inverse_frequencies(config, config.rope_parameters["rope_theta"] * stretch), 1.0
 
 
-def rotate_pairs(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Maps each channel pair (a, b) to (-b, a); pairs are neighbours or half a vector apart."""
-    if interleaved:
-        a, b = x[..., 0::2], x[..., 1::2]
-        return torch.stack((-b, a), dim=-1).flatten(-2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
+def swap_halves(x: torch.Tensor) -> torch.Tensor:
+    """Swaps the channels of each pair, which are half a vector apart."""
+    return x.roll(x.shape[-1] // 2, dims=-1)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, config: MiniLLMConfig) -> torch.Tensor:
-    """Rotates the first channels of `x` [B, H, Q, D] by `cos`, `sin` [B, Q, rotary channels]; the rest stays."""
+def swap_halves_of_axes(x: torch.Tensor) -> torch.Tensor:
+    """The same in each half of the channels, one for either position axis."""
+    return swap_halves(x.unflatten(-1, (2, -1))).flatten(-2)
+
+
+def swap_neighbours(x: torch.Tensor) -> torch.Tensor:
+    """Swaps the channels of each pair, which are neighbours."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def pair_swap(config: MiniLLMConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function that swaps what RoPE rotates together."""
+    if config.rope_interleaved:
+        return swap_neighbours
+    return swap_halves_of_axes if config.rope_2d else swap_halves
+
+
+def apply_rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, swap: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Rotates the first channels of `x` [B, H, Q, D] by `cos` and the signed `sin` [B, 1, Q, rotary channels]; the
+    rest stays. A pair (a, b) becomes (a cos - b sin, b cos + a sin): the swapped pair times the signed sine."""
     rotary_dim = cos.shape[-1]
+    if rotary_dim == x.shape[-1]:
+        return x * cos + swap(x) * sin
     rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    axes = rotary.unflatten(-1, (1 + config.rope_2d, -1))
-    turned = rotate_pairs(axes, config.rope_interleaved).flatten(-2)
-    rotary = rotary * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
-    return torch.cat((rotary, rest), dim=-1) if rest.shape[-1] else rotary
+    return torch.cat((rotary * cos + swap(rotary) * sin, rest), dim=-1)
 
 
 def sinusoidal_embedding(position_ids: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
