@@ -31,6 +31,8 @@ KINDS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "conversion": conversion.measure_in_rounds,
 }
 
+NOTHING = {"rows": [], "comparisons": [], "not_measured": [{"what": "all of it", "reason": "no time was left"}]}
+
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     results = {}
     for kind in KINDS if not given.kinds or "all" in given.kinds else dict.fromkeys(given.kinds):
         facts = environment(options)
-        result = KINDS[kind](options)
+        result = NOTHING if options.out_of_time() else KINDS[kind](options)
         results[kind] = {"environment": {**facts, "load_after": load_average()}, **result}
         print(f"## {kind}\n\n{markdown(kind, results[kind])}", flush=True)
         if given.out is not None:

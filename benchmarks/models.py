@@ -104,7 +104,8 @@ def config_of(model: str, shape: Shape) -> PreTrainedConfig:
     if model == "MPT":
         sizes = {"d_model": hidden, "n_heads": heads, "n_layers": shape.num_hidden_layers, "max_seq_len": shape.length}
         tied = {"vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tie_word_embeddings}
-        return MptConfig(**sizes, **tied, **tokens)
+        # Its own default is to decode without a cache.
+        return MptConfig(**sizes, **tied, **tokens, use_cache=True)
     raise ValueError(f"no model is called {model!r}")
 
 

@@ -1,8 +1,14 @@
-"""What a measurement leaves behind: tables in Markdown, the same figures as JSON beside facts of the environment."""
+"""What a measurement leaves behind: tables in Markdown, the same figures as JSON beside facts of the environment.
+
+    python -m benchmarks.report
+
+writes the tables of the committed results into docs/performance.md.
+"""
 
 import json
 import os
 import platform
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,9 @@ from benchmarks.pictures import draw
 from benchmarks.timing import Options
 
 Result = dict[str, Any]
+
+ROOT = Path(__file__).parent.parent
+MARKED = re.compile(r"<!-- results: (\w+) -->\n(.*?)<!-- end -->", re.S)
 
 
 def load_average() -> list[float] | None:
@@ -121,12 +130,9 @@ def markdown(kind: str, result: Result, brief: bool = False) -> str:
     """The tables of a kind; in brief, speeds without spreads."""
     rows = result["rows"]
     parts = [comparison_table(result["comparisons"])] if result["comparisons"] else []
-    if kind == "growth":
-        parts.append(growth_tables(rows))
-    elif brief and all("tokens_per_second" in row for row in rows):
-        parts.append(speed_table(rows))
-    else:
-        parts.append(row_table(rows))
+    if rows:
+        in_columns = brief and all("tokens_per_second" in row for row in rows)
+        parts.append((growth_tables if kind == "growth" else speed_table if in_columns else row_table)(rows))
     if result["not_measured"]:
         lines = [", ".join(f"{value}" for value in lacking.values()) for lacking in result["not_measured"]]
         parts.append("\n".join(["Not measured:", "", *(f"- {line}" for line in lines)]))
@@ -139,3 +145,17 @@ def write(out: Path, kind: str, result: Result) -> None:
     (out / f"{kind}.json").write_text(json.dumps({"kind": kind, **result}, indent=1) + "\n", "utf-8")
     (out / f"{kind}.md").write_text(markdown(kind, result), "utf-8")
     draw(out, kind, result)
+
+
+def fill_page(page: Path, results: Path) -> None:
+    """Puts the tables of `results` between the marks `<!-- results: KIND -->` and `<!-- end -->` of a page."""
+
+    def filled(mark: re.Match) -> str:
+        result = json.loads((results / f"{mark[1]}.json").read_text("utf-8"))
+        return f"<!-- results: {mark[1]} -->\n{markdown(mark[1], result, brief=True)}<!-- end -->"
+
+    page.write_text(re.sub(MARKED, filled, page.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    fill_page(ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results")
