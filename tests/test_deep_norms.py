@@ -218,6 +218,27 @@ def test_the_first_update_of_a_deep_model():
     assert post[6] < 0.02 and deepnorm[6] < 0.001
 
 
+@pytest.mark.parametrize(
+    ("placement", "fields", "least", "most"),
+    [("post", {}, 0.5, 1.0), ("post", {"mlp_type": "mlp"}, 0.95, 1.0), ("deepnorm", {}, -0.05, 0.05)],
+    ids=["post", "post-mlp", "deepnorm"],
+)
+def test_whether_tokens_become_alike(placement, fields, least, most):
+    """Attention of fresh weights is nearly a mean over the tokens before (arXiv 2103.03404 on what that leads to):
+    under post-norm it weighs as much as the token's own stream in each layer. The mean cosine of pairs of tokens."""
+    seed = 0
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    model = deep_model(placement, width=48, hidden_act="gelu", intermediate_size=128, **fields)
+    with torch.no_grad():
+        tokens = torch.randint(0, 64, (4, 64))
+        states = model.model(tokens, use_cache=False, output_hidden_states=True).hidden_states
+    first, last = (torch.nn.functional.normalize(states[place], dim=-1) for place in (0, -1))
+    apart = ~torch.eye(64, dtype=torch.bool)
+    cosines = [(h @ h.transpose(1, 2))[:, apart].mean().item() for h in (first, last)]
+    assert abs(cosines[0]) < 0.05 and least < cosines[1] <= most
+
+
 # --- the example ---
 
 
