@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from minillm.attention import CACHE_NAME, MiniLLMAttention, one_cache
 from minillm.capabilities import check
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.decoding import MiniLLMDecodingMixin
 from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
 from minillm.infilling import MiniLLMInfillingMixin
@@ -288,7 +289,9 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             )
 
 
-class MiniLLMForCausalLM(MiniLLMPreTrainedModel, MiniLLMInfillingMixin, MiniLLMGenerationMixin, GenerationMixin):
+class MiniLLMForCausalLM(
+    MiniLLMPreTrainedModel, MiniLLMInfillingMixin, MiniLLMDecodingMixin, MiniLLMGenerationMixin, GenerationMixin
+):
     """The decoder with an output head over the vocabulary."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
