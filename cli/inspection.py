@@ -15,6 +15,9 @@ from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
 from minillm.configuration.presets import PRESETS
 from minillm.description import describe
+from minillm.loss import MANY_LOGITS
+from minillm.masks import SHORT
+from minillm.positions import POSITION_BIASES
 
 
 def count_parameters(config: MiniLLMConfig) -> int:
@@ -70,6 +73,27 @@ def cache_bytes_per_token(config: MiniLLMConfig, bytes_per_value: int = 2) -> in
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
 
 
+def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
+    """What is done otherwise than step by step where it pays off, with the same results, and how to switch it off."""
+    tokens = -(-MANY_LOGITS // config.vocab_size)
+    loss = {
+        None: f"in training without holding logits, from {tokens:,} tokens a step on (off: skip_logits=False)",
+        True: "in training without holding logits (skip_logits=True)",
+        False: "from all logits (skip_logits=False)",
+    }
+    masked = config.attention_type != "bidirectional" or config.sliding_window is not None
+    hides = masked or config.position_embedding_type in POSITION_BIASES
+    attention = f"sdpa on cpu in blocks of queries, beyond {SHORT} tokens (off: attn_implementation='eager')"
+    generates = config.attention_type != "bidirectional"
+    return {
+        "loss": loss[config.skip_logits],
+        "attention in training": attention if hides else "whole",
+        "decoding": "own loop where nothing needs that of transformers (off: use_cache=False)"
+        if generates
+        else "none",
+    }
+
+
 def served(config: MiniLLMConfig, implementation: str, device: str) -> str:
     """What a back end does for a variant on a device: everything, some directions, or nothing."""
     able = [direction for direction in DIRECTIONS if refusal(config, implementation, device, direction) is None]
@@ -122,7 +146,10 @@ def print_info(name: str) -> None:
         return
     config = find_config(name)
     cached = f"{cache_bytes_per_token(config):,} bytes per token in 16 bits" if config.use_cache else "none"
-    print_words(name, {**describe(config), "parameters": f"{count_parameters(config):,}", "cache": cached})
+    print_words(
+        name,
+        {**describe(config), "parameters": f"{count_parameters(config):,}", "cache": cached, **fast_paths(config)},
+    )
     table = Table("attention back end", "cpu", "cuda", "why not")
     for implementation in (*KINDS, "others"):
         on = [served(config, implementation, device) for device in ("cpu", "cuda")]

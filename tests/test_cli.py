@@ -123,6 +123,27 @@ def test_info_says_what_a_preset_is(preset, words):
     assert not [word for word in words if word not in told], told
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"vocab_size": 16384},
+            ["from 4,096 tokens a step on", "in blocks of queries, beyond 128 tokens", "own loop"],
+        ),
+        ({"skip_logits": False}, ["from all logits"]),
+        ({"skip_logits": True}, ["without holding logits (skip_logits=True)"]),
+        ({"attention_type": "bidirectional"}, ["whole", "none"]),
+        ({"attention_type": "bidirectional", "position_embedding_type": "alibi"}, ["in blocks of queries"]),
+    ],
+)
+def test_info_says_what_is_chosen_for_speed(fields, words, tmp_path):
+    MiniLLMConfig(**fields).save_pretrained(tmp_path)
+    rows = {row[0]: row[1] for row in map(cells, succeed("info", tmp_path).splitlines()) if len(row) > 1}
+    told = " ".join(rows[topic] for topic in ("loss", "attention in training", "decoding"))
+    for word in words:
+        assert word in told
+
+
 def test_info_counts_a_sliding_window_and_a_model_without_cache(tmp_path):
     MiniLLMConfig(sliding_window=7, use_cache=False).save_pretrained(tmp_path)
     told = succeed("info", tmp_path)

@@ -1,6 +1,7 @@
 """Training with the stock `Trainer`: collators, callbacks and text to train on."""
 
 from minillm.training.callbacks import SetEpochCallback
+from minillm.training.checkpointing import selective_checkpointing
 from minillm.training.collators import (
     DataCollatorForCausalLM,
     DataCollatorForPrefixLM,
@@ -36,6 +37,7 @@ __all__ = [
     "load_corpus",
     "pack_dataset",
     "resize_for_vocabulary",
+    "selective_checkpointing",
     "split_corpus",
     "standard_library",
     "tokenize_documents",
