@@ -36,7 +36,9 @@ NOTHING = {"rows": [], "comparisons": [], "not_measured": [{"what": "all of it",
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", choices=["all", *KINDS], help="what to measure; left out: all")
+    parser.add_argument(
+        "kinds", nargs="*", default="all", choices=["all", *KINDS], help="what to measure; left out: all"
+    )
     parser.add_argument("--out", type=Path, help="folder for tables, JSON and pictures; left out: nothing is written")
     parser.add_argument("--steps", type=int, default=10, help="timed rounds after one warm-up round")
     parser.add_argument("--tiny", action="store_true", help="shapes that take seconds, to see that everything runs")
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(given.steps, device, given.tiny, given.clock, given.minutes)
     results = {}
-    for kind in KINDS if not given.kinds or "all" in given.kinds else dict.fromkeys(given.kinds):
+    for kind in KINDS if "all" in given.kinds else dict.fromkeys(given.kinds):
         facts = environment(options)
         result = NOTHING if options.out_of_time() else KINDS[kind](options)
         results[kind] = {"environment": {**facts, "load_after": load_average()}, **result}
