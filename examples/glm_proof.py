@@ -268,8 +268,8 @@ def build_collator(name: str, tokenizer: Any, seed: int, mask_fraction: float) -
     """One row a document, none packed with another."""
     if name.startswith("causal"):
         return DataCollatorForCausalLM(tokenizer, packing=False)
-    kind = {"mixture": MIXTURES[name], "mask_fraction": mask_fraction, "gmask_counts": True, "seed": seed}
-    return DataCollatorForGLM(tokenizer, packing=False, **kind)
+    options = {"mixture": MIXTURES[name], "mask_fraction": mask_fraction, "gmask_counts": True, "seed": seed}
+    return DataCollatorForGLM(tokenizer, packing=False, **options)
 
 
 def train(
@@ -380,11 +380,8 @@ def run_seed(
         set_seed(seed)
         model = build_model(name, tokenizer, recipe)
         cost = train(model, build_collator(name, tokenizer, seed, recipe.mask_fraction), rows, steps, seed, recipe)
-        run[name] = (
-            {"parameters": model.num_parameters()}
-            | cost
-            | measure(name, model, tokenizer, held_out, recipe.mask_fraction)
-        )
+        figures = measure(name, model, tokenizer, held_out, recipe.mask_fraction)
+        run[name] = {"parameters": model.num_parameters()} | cost | figures
         print(f"seed {seed}, {name}: {json.dumps(run[name])}", flush=True)
     return run
 
@@ -424,18 +421,22 @@ def main(
     bf16: Annotated[bool, typer.Option(help="train in bfloat16")] = False,
 ) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
-    texts = ([document.text for document in part] for part in split_corpus(load_corpus(corpus)))
-    train_texts, held_out_texts = texts
+    train_texts, held_out_texts = ([item.text for item in part] for part in split_corpus(load_corpus(corpus)))
     tokenizer = MiniLLMTokenizer.train_from_iterator(train_texts, vocab_size=vocab_size, show_progress=False)
     rows, others = (cut_rows(part, tokenizer, length) for part in (train_texts, held_out_texts))
     others = [others[at] for at in np.random.default_rng(0).permutation(len(others))[:held_out]]
+    words = len(last_words(others, tokenizer))
+    singles = sum(blank.stop - blank.start == 1 for blank in draw_blanks(others, mask_fraction, seed=0))
+    if not (rows and words and singles):
+        found = f"{len(rows)} rows to train on; held out are {words} last words and {singles} blanks of one token"
+        raise typer.BadParameter(f"{found}: a larger --corpus or --held-out is needed, or a smaller --length")
     out.mkdir(parents=True, exist_ok=True)
     options = {"output_dir": str(out), "per_device_train_batch_size": batch_size, "learning_rate": learning_rate}
     recipe = Recipe(steps, hidden_size, layers, length, mask_fraction, rope_theta, options | {"bf16": bf16})
     results: dict[str, Any] = {
         "environment": environment(),
         "settings": settings,
-        "rows": {"train": len(rows), "held_out": len(others), "with_last_word": len(last_words(others, tokenizer))},
+        "rows": {"train": len(rows), "held_out": len(others), "with_last_word": words},
         "seeds": {},
     }
     for seed in range(seeds):
