@@ -105,6 +105,11 @@ class StepInputs:
         return inputs
 
 
+def choose(scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
+    """The next token [batch] by scores [batch, vocabulary]: the best one, or one drawn from their softmax."""
+    return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1) if do_sample else scores.argmax(-1)
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -145,11 +150,7 @@ def sample(
     with model._optimize_model_for_decode():
         while True:
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
-            scores = logits_processor(ids[:, :length], logits)
-            if generation_config.do_sample:
-                tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-            else:
-                tokens = scores.argmax(-1)
+            tokens = choose(logits_processor(ids[:, :length], logits), generation_config.do_sample)
             if has_end:
                 tokens = tokens * unfinished + pad.to(ids.device) * (1 - unfinished)
             ids[:, length] = tokens
