@@ -15,8 +15,8 @@ from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
 from minillm.configuration.presets import PRESETS
 from minillm.description import describe
+from minillm.layout import SHORT
 from minillm.loss import MANY_LOGITS
-from minillm.masks import SHORT
 from minillm.positions import POSITION_BIASES
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.masks import dense_mask, lay_out
+from minillm.layout import lay_out
+from minillm.masks import dense_mask
 
 POSITIONS = {
     "rope": "rotary position embedding (RoPE)",

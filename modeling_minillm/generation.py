@@ -9,7 +9,7 @@ from transformers.utils import logging
 from minillm.attention import CACHE_NAME
 from minillm.capabilities import check
 from minillm.infilling import continue_positions, glm_inputs
-from minillm.masks import require, require_integers
+from minillm.layout import require, require_integers
 from minillm.positions import POSITION_BIASES
 
 logger = logging.get_logger(__name__)

@@ -1,31 +1,24 @@
-"""Who may look at whom: masks, documents, prefixes and positions, computed once per forward in this file.
+"""Who may look at whom: masks and biases in the form that each back end takes, made once per forward in this file from
+the facts of `minillm.layout`.
 
-Shapes: B batch, Q new tokens, K keys. A *slot* is a place in the sequence of cached and new tokens, padding included;
-new tokens fill the slots from `query_offset` on, and key j of attention stands in slot `key_offset + j`.
+Shapes: B batch, H heads, Q new tokens, K keys.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from minillm.attention import CACHE_NAME
 from minillm.blocked_attention import Block, BlockedMask
 from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.positions import POSITION_BIASES, POSITION_TABLES, PositionBias
-
-logger = logging.get_logger(__name__)
-
-LOWEST = torch.iinfo(torch.int64).min
-SHORT = 128
-"""Up to this length a mask on CPU is one block."""
+from minillm.layout import Layout, lay_out
+from minillm.positions import POSITION_BIASES, PositionBias
 
 
 class AttentionInputs(NamedTuple):
@@ -36,272 +29,6 @@ class AttentionInputs(NamedTuple):
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | BlockMask | BlockedMask | None
     position_bias: PositionBias | None
-
-
-def require(ok: torch.Tensor, message: str) -> None:
-    """Raises ValueError(message) unless `ok` holds everywhere: at once on CPU, by a device assertion on CUDA (no
-    synchronisation), not at all while a graph is traced."""
-    if is_tracing(ok):
-        return
-    if ok.device.type == "cpu":
-        if not bool(ok.all()):
-            raise ValueError(message)
-    elif ok.device.type == "cuda":
-        torch._assert_async(ok.all(), message)
-
-
-def require_shape(name: str, tensor: torch.Tensor, batch: int, lengths: tuple[int, ...], meaning: str) -> None:
-    if tensor.ndim != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] not in lengths:
-        allowed = " or ".join(f"[{batch}, {length}]" for length in dict.fromkeys(lengths))
-        raise ValueError(f"`{name}` has shape {list(tensor.shape)}; expected {allowed} ({meaning})")
-
-
-def require_integers(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point():
-        raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected bool or an integer type")
-
-
-class Layout:
-    """The facts about tokens and slots from which mask, positions and bias follow.
-
-    Attributes:
-        real: boolean [B, slots], False at padding; None if every slot is real.
-        documents: [B or 1, Q], non-decreasing, padding carries the document before it; None for a single document.
-        blocks: [B, Q], the number of a token's bidirectional block, 0 outside; None without a prefix.
-        position_ids: [B or 1, Q] on the first axis.
-    """
-
-    def __init__(self, config: MiniLLMConfig, inputs_embeds: torch.Tensor, cache: Cache | None) -> None:
-        self.config = config
-        self.batch, self.query_length = inputs_embeds.shape[:2]
-        self.device = inputs_embeds.device
-        self.fixed_size = getattr(cache, "is_compileable", False)
-        self.query_offset: int | torch.Tensor = 0
-        self.key_length, self.key_offset = self.query_length, 0
-        if cache is not None:
-            self.key_length, self.key_offset = cache.get_mask_sizes(self.query_length, 0)
-            self.query_offset = cache.get_query_offset(0)
-        if isinstance(self.query_offset, torch.Tensor):
-            self.query_offset = self.query_offset.to(self.device)
-        self.is_fresh = isinstance(self.query_offset, int) and self.query_offset == 0
-        self.real: torch.Tensor | None = None
-        self.documents: torch.Tensor | None = None
-        self.blocks: torch.Tensor | None = None
-        self.given_positions: torch.Tensor | None = None
-
-    @property
-    def query_slots(self) -> torch.Tensor:
-        return torch.arange(self.query_length, device=self.device) + self.query_offset
-
-    @property
-    def key_slots(self) -> torch.Tensor:
-        return torch.arange(self.key_length, device=self.device) + self.key_offset
-
-    @property
-    def slot_count(self) -> int:
-        """Slots that a per-slot input covers when its length is known in Python, else the tokens that go in."""
-        return self.query_length + (self.query_offset if isinstance(self.query_offset, int) else 0)
-
-    def set_padding(self, attention_mask: torch.Tensor) -> None:
-        """Reads a 2D mask [B, cached + new], nonzero at real tokens; a fixed-size cache may bring a longer one."""
-        count, length = self.slot_count, attention_mask.shape[-1]
-        exact = isinstance(self.query_offset, int) and not self.fixed_size
-        lengths = (count,) if exact else (max(count, length),)
-        require_shape("attention_mask", attention_mask, self.batch, lengths, "cached and new tokens")
-        real = attention_mask.to(device=self.device, dtype=torch.bool)
-        if isinstance(self.query_offset, int):
-            real = real[:, :count]
-            if not is_tracing(real) and bool(real.all()):
-                return
-        self.real = real
-
-    def at_queries(self, per_slot: torch.Tensor) -> torch.Tensor:
-        """The columns of the new tokens."""
-        if isinstance(self.query_offset, int):
-            return per_slot[:, self.query_offset : self.query_offset + self.query_length]
-        return per_slot.index_select(1, self.query_slots)
-
-    def at_keys(self, per_slot: torch.Tensor) -> torch.Tensor:
-        """The columns of the keys; slots beyond the given ones (unwritten places of a fixed-size cache) are 0."""
-        per_slot = F.pad(per_slot, (0, max(0, self.key_length + self.key_offset - per_slot.shape[1])))
-        return per_slot[:, self.key_offset : self.key_offset + self.key_length]
-
-    def new_at_keys(self, per_token: torch.Tensor) -> torch.Tensor:
-        """Spreads values of the new tokens [B, Q] over the keys [B, K]; cached and unwritten keys get 0."""
-        if self.key_length == self.query_length and self.is_fresh:
-            return per_token
-        index = self.key_slots - self.query_offset
-        inside = (index >= 0) & (index < self.query_length)
-        return per_token.index_select(1, index.clamp(0, self.query_length - 1)) * inside
-
-    def real_new(self) -> torch.Tensor | None:
-        return None if self.real is None else self.at_queries(self.real)
-
-    def set_documents(self, document_ids: torch.Tensor) -> None:
-        require_shape("document_ids", document_ids, self.batch, (self.query_length,), "the tokens that go in")
-        require_integers("document_ids", document_ids)
-        if isinstance(self.query_offset, int) and self.query_offset > 0:
-            raise ValueError(
-                f"`document_ids` were given with a cache that holds {self.query_offset} tokens: documents are packed "
-                "in one forward; continue each document from a cache of its own"
-            )
-        if isinstance(self.query_offset, torch.Tensor):
-            require(self.query_offset == 0, "`document_ids` were given with a cache that already holds tokens")
-        documents = document_ids.to(self.device, torch.int64)
-        real = self.real_new()
-        if real is None:
-            running = documents.cummax(-1).values
-            require(documents == running, "`document_ids` decrease inside a row; they must be non-decreasing")
-        else:
-            running = torch.where(real, documents, LOWEST).cummax(-1).values
-            require(
-                (documents == running) | ~real,
-                "`document_ids` decrease over the real tokens of a row; they must be non-decreasing",
-            )
-        self.documents = running
-
-    def set_positions(self, position_ids: torch.Tensor) -> None:
-        """Takes positions of the new tokens [B or 1, Q] or of cached and new ones [B or 1, cached + new]."""
-        lengths = (self.query_length, self.slot_count)
-        if isinstance(self.query_offset, torch.Tensor):
-            lengths = (self.query_length, max(self.query_length, position_ids.shape[-1]))
-        require_shape("position_ids", position_ids, self.batch, lengths, "new tokens, or cached and new tokens")
-        self.given_positions = position_ids.to(self.device)
-
-    def may_be_packed(self, attention_mask: torch.Tensor | None, block_position_ids: torch.Tensor | None) -> bool:
-        """Whether restarting positions would say, and nothing else says, that a row holds several documents."""
-        given = self.given_positions
-        alone = attention_mask is None and block_position_ids is None and self.is_fresh
-        return alone and given is not None and given.shape[1] == self.query_length > 1
-
-    def infer_documents(self) -> None:
-        """A document begins wherever `position_ids` restart at 0. The values are looked at in eager mode; a traced
-        graph builds the documents whether or not there is more than one."""
-        starts = (self.given_positions == 0) & (torch.arange(self.query_length, device=self.device) > 0)
-        if is_tracing(starts) or bool(starts.any()):
-            self.documents = starts.long().cumsum(-1)
-
-    def set_prefix(self, prefix_mask: torch.Tensor) -> None:
-        """Reads a prefix mask [B, Q]: 1 on a document's prefix, then 0. `generate()` numbers later blocks 2, 3, ..."""
-        require_shape("prefix_mask", prefix_mask, self.batch, (self.query_length,), "the tokens that go in")
-        require_integers("prefix_mask", prefix_mask)
-        blocks = prefix_mask.to(self.device, torch.int64).expand(self.batch, -1)
-        real = self.real_new()
-        if real is not None:
-            blocks = blocks * real
-        if not is_tracing(blocks):
-            self._require_blocks(blocks, real)
-        self.blocks = blocks
-
-    def _require_blocks(self, blocks: torch.Tensor, real: torch.Tensor | None) -> None:
-        message = (
-            "`prefix_mask` is not a prefix within its document: over the real tokens of each document it must be "
-            "ones, then zeros"
-        )
-        require(blocks >= 0, "`prefix_mask` holds a negative value; it is 1 inside the prefix and 0 outside")
-        starts = torch.zeros_like(blocks, dtype=torch.bool)
-        if self.documents is not None:
-            starts[:, 1:] = (self.documents[:, 1:] != self.documents[:, :-1]).expand(self.batch, -1)
-        # One rising key per row: document number times a stride, plus the block number seen so far.
-        key = starts.long().cumsum(-1) * (blocks.max() + 2) + blocks
-        seen = F.pad(key.cummax(-1).values[:, :-1], (1, 0), value=-1)
-        index = torch.arange(self.query_length, device=self.device).expand(self.batch, -1)
-        if real is not None:
-            index = torch.where(real, index, -1)
-        previous = F.pad(index.cummax(-1).values[:, :-1], (1, 0), value=-1)
-        first = previous < 0
-        same = blocks.gather(1, previous.clamp(min=0)) == blocks
-        if self.documents is not None:
-            documents = self.documents.expand(self.batch, -1)
-            fresh_document = documents.gather(1, previous.clamp(min=0)) != documents
-            first, same = first | fresh_document, same & ~fresh_document
-        require((blocks == 0) | first | same | ((blocks > 1) & (key > seen)), message)
-
-    @property
-    def position_ids(self) -> torch.Tensor:
-        """Positions of the new tokens: as given, else the number of real tokens before each in its document."""
-        if self.given_positions is not None:
-            return self.given_positions[:, -self.query_length :]
-        if self.documents is None:
-            if self.real is None:
-                return self.query_slots[None]
-            return self.at_queries(self._counted())
-        real = self.real_new()
-        real = torch.ones_like(self.documents) if real is None else real.long()
-        count = real.cumsum(-1) - real
-        documents = self.documents.expand(count.shape[0], -1)
-        starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-        return (count - torch.where(starts, count, 0).cummax(-1).values).clamp(min=0)
-
-    def _counted(self) -> torch.Tensor:
-        return (self.real.long().cumsum(-1) - 1).clamp(min=0)
-
-    @property
-    def key_positions(self) -> torch.Tensor:
-        """Positions of the keys: cached ones come with `position_ids` or are counted."""
-        given = self.given_positions
-        if given is not None and given.shape[1] > self.query_length:
-            return self.at_keys(given)
-        if self.key_length == self.query_length and self.is_fresh:
-            return self.position_ids
-        counted = self.key_slots[None] if self.real is None else self.at_keys(self._counted())
-        new = self.new_at_keys(self.position_ids)
-        return torch.where(self.key_slots >= self.query_offset, new, counted)
-
-    def mask_mod(self) -> tuple[Callable, int]:
-        """The mask as a predicate over (batch, head, query, key) indices, and the number of batch rows that differ.
-
-        (causal and window, or in the same block), in the same document, at a real key. A token always sees itself, so
-        that no row of a padding token is empty.
-        """
-        config, window = self.config, self.config.sliding_window
-        query_offset, key_offset = self.query_offset, self.key_offset
-        bidirectional = config.attention_type == "bidirectional"
-        facts = {
-            "documents": None if self.documents is None else (self.documents, self.new_at_keys(self.documents)),
-            "blocks": None if self.blocks is None else (self.blocks, self.new_at_keys(self.blocks)),
-            "real": None if self.real is None else (self.at_keys(self.real),),
-        }
-        rows = max([fact[0].shape[0] for fact in facts.values() if fact is not None], default=1)
-        facts = {
-            name: fact and tuple(part.expand(rows, -1).contiguous() for part in fact) for name, fact in facts.items()
-        }
-
-        def visible(batch, head, query, key):
-            distance = (query + query_offset) - (key + key_offset)
-            allowed = (distance == distance) if bidirectional else distance >= 0
-            if window is not None:
-                allowed = allowed & (distance < window)
-                if bidirectional:
-                    allowed = allowed & (distance > -window)
-            row = batch if rows > 1 else 0
-            if facts["blocks"] is not None:
-                of_query, of_key = facts["blocks"]
-                allowed = allowed | ((of_query[row, query] > 0) & (of_query[row, query] == of_key[row, key]))
-            if facts["documents"] is not None:
-                of_query, of_key = facts["documents"]
-                allowed = allowed & (of_query[row, query] == of_key[row, key])
-            if facts["real"] is not None:
-                allowed = allowed & facts["real"][0][row, key]
-            return allowed | (distance == 0)
-
-        return visible, rows
-
-    def is_long_square(self) -> bool:
-        """Whether attention pays off in blocks: on CPU, over fresh keys that are not few, and in no graph."""
-        square = self.is_fresh and self.key_length == self.query_length > SHORT
-        return square and self.device.type == "cpu" and not is_tracing(self.position_ids)
-
-    def is_plain(self) -> bool:
-        """Whether the mask is all of a causal (or full) square, or a last row that sees every key."""
-        window = self.config.sliding_window
-        if any(fact is not None for fact in (self.real, self.documents, self.blocks)):
-            return False
-        if window is not None and self.key_length > window:
-            return False
-        if self.query_length == 1:
-            return not self.fixed_size and self.key_length == self.query_offset - self.key_offset + 1
-        return self.is_fresh
 
 
 def dense_mask(layout: Layout) -> torch.Tensor:
@@ -353,49 +80,6 @@ def combine(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.d
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(dtype).min)
     return mask.to(dtype) + bias
-
-
-def lay_out(
-    config: MiniLLMConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cache: Cache | None,
-    prefix_mask: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    block_position_ids: torch.Tensor | None,
-) -> Layout:
-    """Reads and checks the per-token inputs of a forward (all [B, Q]; see `MiniLLMModel.forward`)."""
-    layout = Layout(config, inputs_embeds, cache)
-    if attention_mask is not None and len(attention_mask.shape) == 2:
-        layout.set_padding(attention_mask)
-    if position_ids is not None:
-        layout.set_positions(position_ids)
-    if block_position_ids is not None:
-        lengths = (layout.query_length,)
-        require_shape("block_position_ids", block_position_ids, layout.batch, lengths, "the tokens that go in")
-        require_integers("block_position_ids", block_position_ids)
-    if document_ids is not None:
-        layout.set_documents(document_ids)
-    elif layout.may_be_packed(attention_mask, block_position_ids):
-        layout.infer_documents()
-    if prefix_mask is not None:
-        if config.attention_type != "prefix":
-            raise ValueError(
-                f"`prefix_mask` was given, but `attention_type={config.attention_type!r}`: "
-                "only a model with `attention_type='prefix'` has a bidirectional prefix"
-            )
-        layout.set_prefix(prefix_mask)
-    size = config.position_table_size
-    axes = (("position_ids", layout.position_ids), ("block_position_ids", block_position_ids))
-    for name, positions in axes[: len(POSITION_TABLES.get(config.position_embedding_type, ()))]:
-        if positions is not None:
-            require(
-                (positions >= 0) & (positions < size),
-                f"`{name}` reach beyond the table of learned positions (`position_table_size={size}`): "
-                "shorten the input or use a position scheme without a table",
-            )
-    return layout
 
 
 def build_attention_inputs(

@@ -188,7 +188,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 [batch * Q, experts] per layer); the rest is for the attention's back end.
 
         Raises:
-            ValueError: for inputs that contradict the config or one another; see `minillm.masks`.
+            ValueError: for inputs that contradict the config or one another; see `minillm.layout`.
         """
         cache = one_cache(cache, past_key_values)
         paged = any(key in kwargs for key in PAGED_KEYS)

@@ -6,7 +6,7 @@ import torch
 from matrix_cases import loud_model, tiny_config
 from test_loss import LargestTensor
 
-from minillm import blocked_attention, masks
+from minillm import blocked_attention, layout
 from minillm.blocked_attention import BlockedMask
 from minillm.masks import build_attention_inputs
 
@@ -94,7 +94,7 @@ def test_a_block_meets_only_the_keys_that_it_sees():
 
 
 def test_plain_or_short_attention_has_no_blocks():
-    for length, variant in ((masks.SHORT, "causal"), (256, "bidirectional")):
+    for length, variant in ((layout.SHORT, "causal"), (256, "bidirectional")):
         config = tiny_config(attention_type=variant)
         config._attn_implementation = "sdpa"
         assert build_attention_inputs(config, torch.zeros(1, length, 32)).attention_mask is None
