@@ -20,6 +20,9 @@ from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.layout import Layout, lay_out
 from minillm.positions import POSITION_BIASES, PositionBias
 
+LONGEST_PLAIN = 1024
+"""Beyond this length SDPA's own way with plain causal attention is faster on CPU than blocks."""
+
 
 class AttentionInputs(NamedTuple):
     """What every layer's attention gets: positions [B or 1, Q], a mask (boolean [B or 1, 1, Q, K], additive
@@ -134,7 +137,8 @@ def build_attention_inputs(
         return AttentionInputs(positions, block_mask(layout), bias)
     causal_square = layout.query_length > 1 and config.attention_type != "bidirectional"
     plain = bias is None and layout.is_plain()
-    if kind == "sdpa" and layout.is_long_square() and (causal_square or not plain):
+    in_blocks = not plain or (causal_square and layout.query_length <= LONGEST_PLAIN)
+    if kind == "sdpa" and layout.is_long_square() and in_blocks:
         return AttentionInputs(positions, blocked_mask(layout, bias, inputs_embeds.dtype), None)
     if plain and not (kind == "eager" and causal_square):
         return AttentionInputs(positions, None, None)

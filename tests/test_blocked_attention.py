@@ -6,7 +6,7 @@ import torch
 from matrix_cases import loud_model, tiny_config
 from test_loss import LargestTensor
 
-from minillm import blocked_attention, layout
+from minillm import blocked_attention, layout, masks
 from minillm.blocked_attention import BlockedMask
 from minillm.masks import build_attention_inputs
 
@@ -93,14 +93,14 @@ def test_a_block_meets_only_the_keys_that_it_sees():
     assert key_ranges("causal", document_ids=documents) == [(0, 128), (0, 256)]
 
 
-def test_plain_or_short_attention_has_no_blocks():
-    for length, variant in ((layout.SHORT, "causal"), (256, "bidirectional")):
+def test_attention_that_is_short_or_plain_and_long_has_no_blocks():
+    for length, variant in ((layout.SHORT, "causal"), (256, "bidirectional"), (masks.LONGEST_PLAIN + 1, "causal")):
         config = tiny_config(attention_type=variant)
         config._attn_implementation = "sdpa"
         assert build_attention_inputs(config, torch.zeros(1, length, 32)).attention_mask is None
 
 
-@pytest.mark.parametrize("variant", ["causal", "prefix", "alibi", "prefix alibi", "window"])
+@pytest.mark.parametrize("variant", ["prefix", "alibi", "prefix alibi", "window"])
 def test_memory_grows_with_the_length(variant, monkeypatch):
     monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", 0)
     largest = {}
