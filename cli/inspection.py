@@ -10,13 +10,14 @@ from rich.table import Column, Table
 from transformers import AutoConfig
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.capabilities import DIRECTIONS, KINDS, refusal
+from minillm.capabilities import DIRECTIONS, KINDS, features_of, refusal
 from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
 from minillm.configuration.presets import PRESETS
 from minillm.description import describe
 from minillm.layout import SHORT
 from minillm.loss import MANY_LOGITS
+from minillm.masks import LONGEST_PLAIN
 from minillm.positions import POSITION_BIASES
 
 
@@ -83,7 +84,9 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
     }
     masked = config.attention_type != "bidirectional" or config.sliding_window is not None
     hides = masked or config.position_embedding_type in POSITION_BIASES
-    attention = f"sdpa on cpu in blocks of queries, beyond {SHORT} tokens (off: attn_implementation='eager')"
+    plain = f", up to {LONGEST_PLAIN:,} unless packed or padded"
+    length = f"beyond {SHORT} tokens{plain if features_of(config) <= {'any', 'dropout'} else ''}"
+    attention = f"sdpa on cpu in blocks of queries, {length} (off: attn_implementation='eager')"
     generates = config.attention_type != "bidirectional"
     return {
         "loss": loss[config.skip_logits],

@@ -140,9 +140,9 @@ def sample(
     ids = torch.nn.functional.pad(input_ids, (0, limit - start))
     steps = StepInputs(model, cache, model_kwargs, limit)
     # What is asked late must leave no trace: a cache that goes on, a stream, or random numbers.
-    asks_late = not (generation_config.return_dict_in_generate or generation_config.do_sample or streamer)
-    asks_late = asks_late and not getattr(cache, "_is_user_defined", False)
-    every = STEPS_PER_READ.get(ids.device.type, 16) if asks_late else 1
+    leaves_trace = generation_config.return_dict_in_generate or generation_config.do_sample or streamer is not None
+    leaves_trace = leaves_trace or getattr(cache, "_is_user_defined", False)
+    every = 1 if leaves_trace else STEPS_PER_READ.get(ids.device.type, 16)
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     running = torch.ones(limit + 1, dtype=torch.bool, device=ids.device)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)

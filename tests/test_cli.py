@@ -128,7 +128,7 @@ def test_info_says_what_a_preset_is(preset, words):
     [
         (
             {"vocab_size": 16384},
-            ["from 4,096 tokens a step on", "in blocks of queries, beyond 128 tokens", "own loop"],
+            ["from 4,096 tokens a step on", "beyond 128 tokens, up to 1,024 unless", "own loop"],
         ),
         ({"skip_logits": False}, ["from all logits"]),
         ({"skip_logits": True}, ["without holding logits (skip_logits=True)"]),
