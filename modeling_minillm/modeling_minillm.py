@@ -34,7 +34,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from minillm.attention import CACHE_NAME, MiniLLMAttention, one_cache
-from minillm.capabilities import check
+from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.decoding import MiniLLMDecodingMixin
 from minillm.feed_forward import MLPS, MiniLLMRouter
@@ -269,6 +269,11 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             raise ValueError(
                 f"`is_causal={kwargs['is_causal']}` with `attention_type={self.config.attention_type!r}`: who sees "
                 "whom is a matter of the config; set `attention_type`"
+            )
+        if kwargs.get("softcap") is not None and kind_of(implementation) in ("eager", "sdpa"):
+            raise ValueError(
+                f"`softcap={kwargs['softcap']}` with attn_implementation={implementation!r}, which does not read it: "
+                "leave it out or use 'flex_attention'"
             )
         wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if wants_attentions and implementation != "eager":

@@ -116,6 +116,15 @@ def test_memory_grows_with_the_length(variant, monkeypatch):
     assert largest[2048] < heads * 2048**2 / 4
 
 
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("length", [10, LENGTH])
+def test_a_soft_cap_is_refused_and_not_ignored(length, back_end):
+    model = loud_model(config_of("causal"))
+    model.set_attn_implementation(back_end)
+    with pytest.raises(ValueError, match=r"`softcap=30.0`.*leave it out"):
+        model(torch.ones(1, length, dtype=torch.long), softcap=30.0)
+
+
 def test_dropout_reaches_the_blocks():
     model = loud_model(tiny_config(max_position_embeddings=512, attention_dropout=0.5))
     ids = token_batch("causal", False)["input_ids"]
