@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from minillm.blocked_attention import BlockedMask, blocked_attention
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.normalization import NORMS, identity
-from minillm.positions import PositionBias, apply_rotary, pair_swap
+from minillm.positions import FoldedBias, PositionBias, apply_rotary, pair_swap
 
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this transformers calls the key/value cache; it was `past_key_values` before 5.24."""
@@ -93,7 +93,7 @@ class MiniLLMAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | BlockMask | BlockedMask | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        position_bias: PositionBias | None = None,
+        position_bias: PositionBias | FoldedBias | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends over cached and new tokens.
@@ -116,6 +116,7 @@ class MiniLLMAttention(nn.Module):
         if position_embeddings is not None:
             query = apply_rotary(query, *position_embeddings, self.swap)
             key = apply_rotary(key, *position_embeddings, self.swap)
+        fresh = (key, value)
         cache: Cache | None = kwargs.pop(CACHE_NAME, None)
         if cache is not None:
             # A paged cache reads its indices from the keyword arguments, and adds what its kernel needs.
@@ -132,7 +133,11 @@ class MiniLLMAttention(nn.Module):
             )
             return self.o_proj(output.reshape(*shape, -1)), None
         attention_mask, position_bias = self._local(query, attention_mask, position_bias)
-        if position_bias is not None:
+        is_folded = isinstance(position_bias, FoldedBias)
+        if is_folded:
+            # The cache, which was empty, holds heads of their own width; one of fixed size returns unwritten places.
+            query, key, value = position_bias.widen(query, *fresh)
+        elif position_bias is not None:
             kwargs["position_bias"] = position_bias
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -148,11 +153,13 @@ class MiniLLMAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        if is_folded:
+            output = output[..., : self.head_dim]
         return self.o_proj(output.reshape(*shape, -1).contiguous()), probabilities
 
     def _local(
-        self, query: torch.Tensor, mask: torch.Tensor | BlockMask | None, bias: PositionBias | None
-    ) -> tuple[torch.Tensor | BlockMask | None, PositionBias | None]:
+        self, query: torch.Tensor, mask: torch.Tensor | BlockMask | None, bias: PositionBias | FoldedBias | None
+    ) -> tuple[torch.Tensor | BlockMask | None, PositionBias | FoldedBias | None]:
         """Fits mask and bias to the query: its dtype, and under tensor parallelism the heads of this rank."""
         count = query.shape[1]
         if isinstance(mask, torch.Tensor):
@@ -160,7 +167,7 @@ class MiniLLMAttention(nn.Module):
                 mask = mask.to(query.dtype)
             if mask.shape[1] not in (1, count):
                 mask = mask.narrow(1, self._first_local_head(count), count)
-        if bias is not None and bias.head_factors.shape[0] != count:
+        if bias is not None and bias.num_heads != count:
             bias = bias.local_heads(self._first_local_head(count), count)
         return mask, bias
 

@@ -273,6 +273,12 @@ class Layout:
         square = self.is_fresh and self.key_length == self.query_length > SHORT
         return square and self.device.type == "cpu" and not is_tracing(self.position_ids)
 
+    def has_default_positions(self) -> bool:
+        """Whether new tokens stand at 0, 1, 2, ... of an empty cache; given positions are looked at in eager mode."""
+        if self.given_positions is None or not self.is_fresh:
+            return self.is_fresh
+        return not is_tracing(self.given_positions) and bool((self.position_ids == self.query_slots).all())
+
     def is_plain(self) -> bool:
         """Whether the mask is all of a causal (or full) square, or a last row that sees every key."""
         window = self.config.sliding_window

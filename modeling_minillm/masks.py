@@ -18,20 +18,22 @@ from minillm.blocked_attention import Block, BlockedMask
 from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.layout import Layout, lay_out
-from minillm.positions import POSITION_BIASES, PositionBias
+from minillm.positions import LONGEST_FOLD, POSITION_BIASES, FoldedBias, PositionBias, fold_alibi, is_foldable
 
 LONGEST_PLAIN = 1024
 """Beyond this length SDPA's own way with plain causal attention is faster on CPU than blocks."""
+FOLDING_DEVICES = ("cuda",)
+"""Where SDPA has kernels for 16 bits that a mask would keep from running; on CPU blocks serve."""
 
 
 class AttentionInputs(NamedTuple):
     """What every layer's attention gets: positions [B or 1, Q], a mask (boolean [B or 1, 1, Q, K], additive
-    [B or 1, 1 or H, Q, K], a BlockMask, a BlockedMask, or None for plain causal) and, for flex only, the bias in
-    closed form."""
+    [B or 1, 1 or H, Q, K], a BlockMask, a BlockedMask, or None for plain causal) and, where it is not in the mask, the
+    bias: in closed form for flex, or folded for SDPA."""
 
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | BlockMask | BlockedMask | None
-    position_bias: PositionBias | None
+    position_bias: PositionBias | FoldedBias | None
 
 
 def dense_mask(layout: Layout) -> torch.Tensor:
@@ -85,6 +87,27 @@ def combine(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.d
     return mask.to(dtype) + bias
 
 
+def attention_dtype(inputs_embeds: torch.Tensor) -> torch.dtype:
+    """The dtype in which attention meets its inputs: autocast's, or that of the stream."""
+    device, dtype = inputs_embeds.device.type, inputs_embeds.dtype
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else dtype
+
+
+def folds(layout: Layout, kind: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether ALiBi becomes channels of queries and keys, so that attention is plainly causal: where that is as exact
+    as a table of the bias, and all keys are fresh, so that the channels never meet a cache.
+
+    Args:
+        kind: the back end's, see `minillm.capabilities.kind_of`.
+        device: type of the device.
+        dtype: see `attention_dtype`.
+    """
+    serves = kind == "sdpa" and device in FOLDING_DEVICES and is_foldable(layout.config)
+    is_square = 1 < layout.query_length <= LONGEST_FOLD.get(dtype, 0) and layout.is_plain()
+    return serves and is_square and layout.has_default_positions()
+
+
 def build_attention_inputs(
     config: MiniLLMConfig,
     inputs_embeds: torch.Tensor,
@@ -123,11 +146,14 @@ def build_attention_inputs(
     if device != "meta":
         check(config, implementation, device, direction, extra)
     positions = layout.position_ids
+    custom = attention_mask if attention_mask is not None and len(attention_mask.shape) != 2 else None
+    dtype = attention_dtype(inputs_embeds)
+    if custom is None and folds(layout, kind, device, dtype):
+        return AttentionInputs(positions, None, fold_alibi(config, layout.query_length, dtype, inputs_embeds.device))
     bias = None
     if config.position_embedding_type in POSITION_BIASES:
         scheme = POSITION_BIASES[config.position_embedding_type]
         bias = scheme(config, positions, layout.key_positions, inputs_embeds.dtype)
-    custom = attention_mask if attention_mask is not None and len(attention_mask.shape) != 2 else None
     if custom is not None:
         return _custom_mask(layout, custom, bias, kind, inputs_embeds.dtype)
     if kind in ("flash", "other"):

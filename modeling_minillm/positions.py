@@ -6,6 +6,7 @@ Shapes: B batch, H heads, Q new tokens, K keys, D channels. Positions are intege
 import copy
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -189,6 +190,10 @@ class PositionBias:
     def __getitem__(self, index: tuple) -> torch.Tensor:
         raise NotImplementedError
 
+    @property
+    def num_heads(self) -> int:
+        return self.head_factors.shape[0]
+
     def local_heads(self, first: int, count: int) -> "PositionBias":
         """The bias of `count` heads from `first` on, for a tensor-parallel rank."""
         part = copy.copy(self)
@@ -205,18 +210,23 @@ class PositionBias:
         return (self.query_positions[:, None, :, None] - self.key_positions[:, None, None, :]).abs()
 
 
+def alibi_slopes(config: MiniLLMConfig) -> list[float]:
+    """ALiBi's slope of each head, before `alibi_scale` (arXiv 2108.12409, section 3)."""
+    heads, bias_max = config.num_attention_heads, config.alibi_bias_max
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = [2.0 ** (-bias_max * i / power) for i in range(1, power + 1)]
+    if power != heads:
+        # Every second slope is that of the next lower power of two; the ones between fill up.
+        slopes = (slopes[1::2] + slopes[0::2])[:heads]
+    return slopes
+
+
 class AlibiBias(PositionBias):
     """ALiBi (arXiv 2108.12409): `-slope * distance`, formed from the integer distance so that it is exact at any
     length; under `alibi_rounding` the key-only form of Bloom or Falcon with their rounding."""
 
     def factors(self, device: torch.device) -> torch.Tensor:
-        heads, bias_max = self.config.num_attention_heads, self.config.alibi_bias_max
-        power = 2 ** math.ceil(math.log2(heads))
-        slopes = [2.0 ** (-bias_max * i / power) for i in range(1, power + 1)]
-        if power != heads:
-            # Every second slope is that of the next lower power of two; the ones between fill up.
-            slopes = (slopes[1::2] + slopes[0::2])[:heads]
-        return torch.tensor(slopes, device=device) * self.config.alibi_scale
+        return torch.tensor(alibi_slopes(self.config), device=device) * self.config.alibi_scale
 
     def dense(self) -> torch.Tensor:
         slopes = self.head_factors[None, :, None, None]
@@ -237,6 +247,94 @@ class AlibiBias(PositionBias):
         # Falcon rounds before its factor 1/sqrt(head_dim), which `alibi_scale` put into the slopes.
         scale = self.config.alibi_scale
         return ((slopes / scale).bfloat16() * positions.bfloat16()).float() * scale
+
+
+LONGEST_FOLD = {torch.bfloat16: 2**16, torch.float16: 2**13}
+"""Up to so many tokens the fold is as exact as a table of the bias, by dtype. The larger `slope * position`, the fewer
+digits of a float32 sum are left to the score, which float16 is fine enough to show, and float32 at any length. In
+bfloat16 the limit is that of two digits below 256."""
+WIDEST_FOLD = 256
+"""The widest heads that SDPA's fused kernels take."""
+SLOPE_PARTS = 3
+"""So many parts of 8 significant bits hold all 24 of a float32 slope."""
+
+
+class FoldedBias(NamedTuple):
+    """ALiBi under a plain causal mask, as channels that queries and keys have in addition.
+
+    Softmax does not see what is constant along a row of scores, so that `-slope * (i - j)` and `slope * j` are the
+    same bias; and `slope * j` is an inner product. The slope is the query's, since shared keys have none.
+
+    Attributes:
+        query: parts of the slope over the softmax's scaling, [1, H, 1, C].
+        key: digits of the position, [1, 1, K, C].
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[1]
+
+    def local_heads(self, first: int, count: int) -> "FoldedBias":
+        """The channels of `count` heads from `first` on, for a tensor-parallel rank."""
+        return FoldedBias(self.query[:, first : first + count], self.key)
+
+    def widen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Appends the channels to queries [B, H, K, D] and keys [B, key/value heads, K, D], and zeros to values, since
+        flash kernels want one width of all three: [..., D + C]."""
+        zeros = value.new_zeros(1, 1, 1, self.key.shape[-1])
+        return _append(query, self.query), _append(key, self.key), _append(value, zeros)
+
+
+def _append(states: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    # Joined as the projections lie in memory (batch, length, heads), the form in which a flash kernel leaves its
+    # output: nothing needs to be copied for the order of its dimensions afterwards.
+    states, channels = states.transpose(1, 2), channels.to(states).transpose(1, 2)
+    return torch.cat((states, channels.expand(*states.shape[:-1], -1)), dim=-1).transpose(1, 2)
+
+
+def folded_width(head_dim: int) -> int:
+    """Channels of a head with those of the bias, in multiples of 8, to which kernels would pad by themselves."""
+    return -(-(head_dim + 2 * SLOPE_PARTS) // 8) * 8
+
+
+def is_foldable(config: MiniLLMConfig) -> bool:
+    """Whether a config's bias can become channels, given a dtype, a device and a call that allow it.
+
+    Roundings of other libraries are theirs, and with a steeper scale the sums would outgrow their precision.
+    """
+    is_exact = config.position_embedding_type == "alibi" and config.alibi_rounding == "none"
+    fits = config.alibi_scale <= 1 and folded_width(config.head_dim) <= WIDEST_FOLD
+    return is_exact and fits and config.attention_type != "bidirectional"
+
+
+def split(number: float, bits: int) -> list[float]:
+    """`number` as a sum of `SLOPE_PARTS` numbers of `bits` significant bits each."""
+    parts = []
+    for _ in range(SLOPE_PARTS):
+        mantissa, exponent = math.frexp(number)
+        parts.append(math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits))
+        number -= parts[-1]
+    return parts
+
+
+def fold_alibi(config: MiniLLMConfig, length: int, dtype: torch.dtype, device: torch.device) -> FoldedBias:
+    """The channels for `length` tokens at positions 0, 1, 2, ..., exact in `dtype`."""
+    # Split in Python: in a compiled graph a rounding that is undone at once would be optimised away.
+    bits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    per_score = config.alibi_scale * config.head_dim**0.5
+    parts = [split(slope * per_score, bits) for slope in alibi_slopes(config)]
+    filling = [0.0] * (folded_width(config.head_dim) - config.head_dim - 2 * SLOPE_PARTS)
+    # The factor 256 of the high digit stands here, lest small slopes leave float16's range of full precision.
+    of_query = [[256 * part for part in of_head] + of_head + filling for of_head in parts]
+    positions = torch.arange(length, device=device)
+    digits = torch.stack((positions // 256, positions % 256), dim=-1).to(dtype)
+    of_key = nn.functional.pad(digits.repeat_interleave(SLOPE_PARTS, dim=-1), (0, len(filling)))
+    return FoldedBias(torch.tensor(of_query, dtype=dtype, device=device)[None, :, None], of_key[None, None])
 
 
 class SandwichBias(PositionBias):
