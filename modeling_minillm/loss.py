@@ -1,5 +1,6 @@
 """Losses: cross-entropy without the full logits, and the load-balancing loss of a mixture of experts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,46 @@ CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 """Logits that are alive at once: on CPU what the caches hold, on CUDA what keeps the matrix products large."""
 
 
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int,
+    chunk: int,
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The sum of cross-entropies, and its gradients by hidden states, weight and bias where `needed`, else None."""
+    needs_hidden, needs_weight, needs_bias = needed
+    of_hidden = torch.empty_like(hidden) if needs_hidden else None
+    # Sums of many chunks in half precision would lose what each of them adds.
+    of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    of_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if needs_bias else None
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, hidden.shape[0], chunk):
+        rows, targets = hidden[start : start + chunk], target[start : start + chunk, None]
+        logits = F.linear(rows, weight, bias).float()
+        scored = targets != ignore_index
+        targets = targets.where(scored, 0)
+        normalizer = logits.logsumexp(-1, keepdim=True)
+        total = total + ((normalizer - logits.gather(1, targets)) * scored).sum()
+        if not any(needed):
+            continue
+        gradient = logits.sub_(normalizer).exp_()
+        gradient.scatter_add_(1, targets, gradient.new_full((), -1.0).expand_as(targets))
+        gradient.mul_(scored)
+        if needs_bias:
+            of_bias += gradient.sum(0)
+        gradient = gradient.to(hidden.dtype)
+        if needs_hidden:
+            of_hidden[start : start + chunk] = gradient @ weight
+        if needs_weight and of_weight.dtype == gradient.dtype:
+            of_weight.addmm_(gradient.T, rows)
+        elif needs_weight:
+            of_weight += gradient.T @ rows
+    return total, of_hidden, of_weight, of_bias
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies of `hidden @ weight.T + bias`, whose gradients are made chunk by chunk in the forward
     pass: backward only scales them, and no logits outlive their chunk."""
@@ -35,44 +76,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         target: torch.Tensor,
         ignore_index: int,
-        chunk: int,
+        chunk: int | None,
     ) -> torch.Tensor:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        types = hidden.dtype, weight.dtype
+        types = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             # Once here, and not once a chunk.
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        of_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Sums of many chunks in half precision would lose what each of them adds.
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        of_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if needs_bias else None
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], chunk):
-            rows, targets = hidden[start : start + chunk], target[start : start + chunk, None]
-            logits = F.linear(rows, weight, None if bias is None else bias.to(weight.dtype)).float()
-            scored = targets != ignore_index
-            targets = targets.where(scored, 0)
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            total = total + ((normalizer - logits.gather(1, targets)) * scored).sum()
-            if not (needs_hidden or needs_weight or needs_bias):
-                continue
-            gradient = logits.sub_(normalizer).exp_()
-            gradient.scatter_add_(1, targets, gradient.new_full((), -1.0).expand_as(targets))
-            gradient.mul_(scored)
-            if needs_bias:
-                of_bias += gradient.sum(0)
-            gradient = gradient.to(hidden.dtype)
-            if needs_hidden:
-                of_hidden[start : start + chunk] = gradient @ weight
-            if needs_weight and of_weight.dtype == gradient.dtype:
-                of_weight.addmm_(gradient.T, rows)
-            elif needs_weight:
-                of_weight += gradient.T @ rows
+        bias = None if bias is None else bias.to(weight.dtype)
+        if chunk is None:
+            chunk = max(1, CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+        needed = ctx.needs_input_grad[:3]
+        total, *gradients = chunked_cross_entropy(hidden, weight, bias, target, ignore_index, chunk, needed)
         ctx.save_for_backward(
-            None if of_hidden is None else of_hidden.to(types[0]),
-            None if of_weight is None else of_weight.to(types[1]),
-            None if of_bias is None else of_bias.to(bias.dtype),
+            *(None if each is None else each.to(dtype) for each, dtype in zip(gradients, types, strict=True))
         )
         return total
 
@@ -105,8 +122,9 @@ def linear_cross_entropy(
     Returns:
         A float32 scalar.
     """
-    if chunk is None:
-        chunk = max(1, CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+    if not torch.is_grad_enabled():
+        # Else leaves would get gradients all the same, made in the forward pass and thrown away.
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return LinearCrossEntropy.apply(hidden, weight, bias, target, ignore_index, chunk)
 
 

@@ -125,6 +125,15 @@ def test_without_gradients_and_in_evaluation():
     assert outputs.logits is None
 
 
+def test_no_gradients_are_made_where_none_are_recorded(monkeypatch):
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    made, function = [], minillm.loss.chunked_cross_entropy
+    monkeypatch.setattr(minillm.loss, "chunked_cross_entropy", lambda *args: made.append(function(*args)) or made[-1])
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, torch.arange(6))
+    assert made[0][1:] == (None, None, None)
+
+
 def test_mixed_precision_equals_the_plain_loss_under_it():
     model, inputs = loud_model(tiny_config()).train(), token_batch()
     with torch.autocast("cpu", torch.bfloat16):
