@@ -15,6 +15,7 @@ from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
 from minillm.configuration.presets import PRESETS
 from minillm.description import describe
+from minillm.fused_loss import find_liger
 from minillm.layout import SHORT
 from minillm.loss import MANY_LOGITS
 from minillm.masks import LONGEST_PLAIN
@@ -82,6 +83,9 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
         True: "in training without holding logits (skip_logits=True)",
         False: "from all logits (skip_logits=False)",
     }
+    liger = find_liger()
+    kernel = "by Liger's kernel, unless compiled (off: minillm.fused_loss.USE_LIGER = False)"
+    on_cuda = f"by torch, not by Liger's kernel: {liger}" if isinstance(liger, str) else kernel
     masked = config.attention_type != "bidirectional" or config.sliding_window is not None
     hides = masked or config.position_embedding_type in POSITION_BIASES
     plain = f", up to {LONGEST_PLAIN:,} unless packed or padded"
@@ -90,6 +94,7 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
     generates = config.attention_type != "bidirectional"
     return {
         "loss": loss[config.skip_logits],
+        **({} if config.skip_logits is False else {"loss on cuda": on_cuda}),
         "attention in training": attention if hides else "whole",
         "decoding": "own loop where nothing needs that of transformers (off: use_cache=False)"
         if generates

@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.fused_loss import liger_cross_entropy, uses_liger
 from minillm.normalization import NormHead
 
 RouterLogits = tuple[torch.Tensor, ...]
@@ -84,10 +85,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(weight.dtype)
+        function = chunked_cross_entropy
         if chunk is None:
             chunk = max(1, CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // weight.shape[0])
-        needed = ctx.needs_input_grad[:3]
-        total, *gradients = chunked_cross_entropy(hidden, weight, bias, target, ignore_index, chunk, needed)
+            function = liger_cross_entropy if uses_liger(hidden, weight) else function
+        total, *gradients = function(hidden, weight, bias, target, ignore_index, chunk, ctx.needs_input_grad[:3])
         ctx.save_for_backward(
             *(None if each is None else each.to(dtype) for each, dtype in zip(gradients, types, strict=True))
         )
@@ -111,13 +113,14 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """The sum over tokens of the cross-entropy of `hidden @ weight.T + bias`, with few logits alive at once.
 
-    The arithmetic is that of the plain loss: nothing is computed twice. Gradients of gradients are refused.
+    The arithmetic is that of the plain loss: nothing is computed twice. Gradients of gradients are refused. On CUDA it
+    is done by Liger's kernel where that is installed (`minillm.fused_loss`).
 
     Args:
         hidden: [tokens, hidden].
         weight: [vocabulary, hidden]; `bias`: [vocabulary] or None.
         target: [tokens] token ids, `ignore_index` where nothing is predicted.
-        chunk: tokens whose logits are alive at once; None: as many as suit the device.
+        chunk: tokens whose logits are alive at once, by torch alone; None: as many as suit the device.
 
     Returns:
         A float32 scalar.

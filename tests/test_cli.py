@@ -144,6 +144,18 @@ def test_info_says_what_is_chosen_for_speed(fields, words, tmp_path):
         assert word in told
 
 
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [("No module named 'liger_kernel'", "by torch, not by Liger's kernel: No module named"), (print, "by Liger's")],
+)
+def test_info_says_whether_the_loss_is_ligers(found, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("minillm.cli.inspection.find_liger", lambda: found)
+    MiniLLMConfig().save_pretrained(tmp_path)
+    assert words in succeed("info", tmp_path)
+    MiniLLMConfig(skip_logits=False).save_pretrained(tmp_path)
+    assert "Liger" not in succeed("info", tmp_path)
+
+
 def test_info_counts_a_sliding_window_and_a_model_without_cache(tmp_path):
     MiniLLMConfig(sliding_window=7, use_cache=False).save_pretrained(tmp_path)
     told = succeed("info", tmp_path)
