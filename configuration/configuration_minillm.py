@@ -3,6 +3,7 @@
 import copy
 import difflib
 import math
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import transformers
@@ -76,6 +77,9 @@ def tensor_parallel_plan(mlp_type: str, qk_norm: bool) -> dict[str, str]:
         # One weight for all heads: a rank's gradient comes from its own heads only.
         plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
     return plan
+
+
+OWN_PLANS = [tensor_parallel_plan(mlp_type, qk_norm) for mlp_type in MLP_PLANS for qk_norm in (True, False)]
 
 
 @strict
@@ -313,21 +317,24 @@ class MiniLLMConfig(PreTrainedConfig):
                 self.deepnorm_beta = (8 * self.num_hidden_layers) ** -0.25
         if self.use_cache is None:
             self.use_cache = self.attention_type != "bidirectional"
-        plans = [tensor_parallel_plan(kind, qk_norm) for kind in MLP_PLANS for qk_norm in (True, False)]
-        if self.base_model_tp_plan in plans:
+        if self.base_model_tp_plan in OWN_PLANS:
             # Not one of the user's own.
             self.base_model_tp_plan = tensor_parallel_plan(self.mlp_type, self.qk_norm)
 
     def validate_architecture(self) -> None:
         """Checks the fields against one another; runs when the config is made and again when a model is built, since
         fields may have been assigned in between: those that follow from others are filled in if they are None."""
+        if self.is_heterogeneous:
+            raise ValueError("`per_layer_config` is set, but all layers of a MiniLLM are alike: leave it out")
         self._derive()
         self._check_ranges()
+        # Not read by name from the config itself, which takes transformers three function calls for each.
+        fields, defaults = vars(self), type(self).__dataclass_fields__
         for name, (owner, values) in FIELD_OWNERS.items():
-            nothing = (self.__dataclass_fields__[name].default, *((0,) if name in MOE_DEFAULTS else ()))
-            if getattr(self, name) not in nothing and getattr(self, owner) not in values:
+            nothing = (defaults[name].default, *((0,) if name in MOE_DEFAULTS else ()))
+            if fields[name] not in nothing and fields[owner] not in values:
                 raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` has no meaning with `{owner}={getattr(self, owner)!r}`: "
+                    f"`{name}={fields[name]!r}` has no meaning with `{owner}={fields[owner]!r}`: "
                     f"leave `{name}` out or set `{owner}` to {' or '.join(repr(value) for value in values)}"
                 )
         for wrong, message in self._conflicts():
@@ -337,15 +344,16 @@ class MiniLLMConfig(PreTrainedConfig):
             check_rope(self)
 
     def _check_ranges(self) -> None:
+        fields = vars(self)
         for name in POSITIVE_FIELDS:
-            value = getattr(self, name)
+            value = fields[name]
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}={value}` must be positive and finite")
         for name in UNIT_INTERVAL_FIELDS:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1")
+            if not 0 <= fields[name] <= 1:
+                raise ValueError(f"`{name}={fields[name]}` must lie between 0 and 1")
         for name in TOKEN_FIELDS:
-            ids = getattr(self, name)
+            ids = fields[name]
             for token_id in ids if isinstance(ids, list) else [ids]:
                 if token_id is not None and not 0 <= token_id < self.vocab_size:
                     logger.warning_once(
@@ -354,64 +362,65 @@ class MiniLLMConfig(PreTrainedConfig):
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Pairs of (is it so, what is wrong and the way out)."""
-        blanks = [self.mask_token_id, self.gmask_token_id, self.smask_token_id]
+        fields = SimpleNamespace(**vars(self))
+        blanks = [fields.mask_token_id, fields.gmask_token_id, fields.smask_token_id]
         return [
             (
-                self.position_embedding_type != "rope" and bool(self.rope_parameters),
-                f"`rope_parameters={self.rope_parameters}` is set, but `position_embedding_type="
-                f"{self.position_embedding_type!r}` has no rotary embedding: leave it out or set "
+                fields.position_embedding_type != "rope" and bool(fields.rope_parameters),
+                f"`rope_parameters={fields.rope_parameters}` is set, but `position_embedding_type="
+                f"{fields.position_embedding_type!r}` has no rotary embedding: leave it out or set "
                 "`position_embedding_type='rope'`",
             ),
             (
-                self.num_attention_heads % self.num_key_value_heads != 0,
-                f"`num_attention_heads={self.num_attention_heads}` is not a multiple of "
-                f"`num_key_value_heads={self.num_key_value_heads}`: each key head serves equally many query heads",
+                fields.num_attention_heads % fields.num_key_value_heads != 0,
+                f"`num_attention_heads={fields.num_attention_heads}` is not a multiple of "
+                f"`num_key_value_heads={fields.num_key_value_heads}`: each key head serves equally many query heads",
             ),
             (
-                self.norm_type == "rmsnorm" and bool(self.norm_bias),
+                fields.norm_type == "rmsnorm" and bool(fields.norm_bias),
                 "`norm_bias=True` and `norm_type='rmsnorm'`: RMSNorm has no bias; set `norm_type='layernorm'` or "
                 "leave `norm_bias` out",
             ),
             (
-                self.norm_head and self.tie_word_embeddings,
+                fields.norm_head and fields.tie_word_embeddings,
                 "`norm_head=True` and `tie_word_embeddings=True`: a head that is normalised cannot share the "
                 "embedding; untie one of them",
             ),
             (
-                self.parallel_residual and self.norm_placement != "pre",
-                f"`parallel_residual=True` and `norm_placement={self.norm_placement!r}`: parallel blocks are "
+                fields.parallel_residual and fields.norm_placement != "pre",
+                f"`parallel_residual=True` and `norm_placement={fields.norm_placement!r}`: parallel blocks are "
                 "pre-norm; set `norm_placement='pre'` or `parallel_residual=False`",
             ),
             (
-                bool(self.use_cache) and self.attention_type == "bidirectional",
+                bool(fields.use_cache) and fields.attention_type == "bidirectional",
                 "`use_cache=True` and `attention_type='bidirectional'`: cached tokens would have to see later ones; "
                 "leave `use_cache` out",
             ),
             (
-                self.alibi_rounding != "none" and self.attention_type != "causal",
-                f"`alibi_rounding={self.alibi_rounding!r}` and `attention_type={self.attention_type!r}`: this "
+                fields.alibi_rounding != "none" and fields.attention_type != "causal",
+                f"`alibi_rounding={fields.alibi_rounding!r}` and `attention_type={fields.attention_type!r}`: this "
                 "rounding is defined by key position alone, which only a causal mask allows; "
                 "set `alibi_rounding='none'`",
             ),
             (
-                self.scale_residual_init and self.norm_placement == "deepnorm",
+                fields.scale_residual_init and fields.norm_placement == "deepnorm",
                 "`scale_residual_init=True` and `norm_placement='deepnorm'`: DeepNorm initialises these weights "
                 "itself; leave `scale_residual_init` out or set `deepnorm_beta`",
             ),
             (
-                self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,
-                f"`pad_token_id={self.pad_token_id}` lies outside the vocabulary (`vocab_size={self.vocab_size}`)",
+                fields.pad_token_id is not None and not 0 <= fields.pad_token_id < fields.vocab_size,
+                f"`pad_token_id={fields.pad_token_id}` lies outside the vocabulary (`vocab_size={fields.vocab_size}`)",
             ),
             (
-                (self.sop_token_id is None) != (blanks == [None] * 3),
-                f"`sop_token_id={self.sop_token_id}` and {blanks} for `mask_token_id`, `gmask_token_id`, "
+                (fields.sop_token_id is None) != (blanks == [None] * 3),
+                f"`sop_token_id={fields.sop_token_id}` and {blanks} for `mask_token_id`, `gmask_token_id`, "
                 "`smask_token_id`: give a blank and the token that starts what fills it together, or neither",
             ),
             (
-                self.sandwich_dim % 2 != 0,
-                f"`sandwich_dim={self.sandwich_dim}` must be even: sines and cosines come in pairs",
+                fields.sandwich_dim % 2 != 0,
+                f"`sandwich_dim={fields.sandwich_dim}` must be even: sines and cosines come in pairs",
             ),
-            *feed_forward_conflicts(self),
+            *feed_forward_conflicts(fields),
         ]
 
     def _validate_ntk_rope_parameters(self, rope_parameters: dict, ignore_keys: set[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What the fields of the feed-forward mean together: defaults of a mixture of experts, contradictions, plans."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -37,8 +38,8 @@ def derive_feed_forward(config: PreTrainedConfig) -> None:
             setattr(config, name, value if config.mlp_type == "moe" else 0)
 
 
-def feed_forward_conflicts(config: PreTrainedConfig) -> list[tuple[bool, str]]:
-    """Pairs of (is it so, what is wrong and the way out)."""
+def feed_forward_conflicts(config: SimpleNamespace) -> list[tuple[bool, str]]:
+    """Pairs of (is it so, what is wrong and the way out), from a config's fields."""
     gated_act = config.hidden_act in GATED_ACTS
     return [
         (

@@ -256,3 +256,8 @@ def test_near_misses_are_refused_by_name(key, field):
     assert f"`{key}=7` is not a field of MiniLLMConfig; did you mean `{field}`" in message_of(
         lambda: tiny_config(**{key: 7})
     )
+
+
+@pytest.mark.parametrize(("field", "value"), [("sliding_window", 4), ("attention_qkv_bias", True)])
+def test_layers_that_differ_are_refused(field, value):
+    assert "`per_layer_config`" in message_of(lambda: tiny_config(per_layer_config={0: {field: value}}))
