@@ -72,19 +72,21 @@ class MiniLLMAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        # Each field is read once: reading one of a config costs, and a model has many layers.
+        hidden_size, head_dim, bias = config.hidden_size, config.head_dim, config.attention_qkv_bias
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = head_dim
+        self.num_key_value_groups = heads // key_heads
+        self.scaling = head_dim**-0.5
         self.is_causal = config.attention_type != "bidirectional"
         self.sliding_window = config.sliding_window
-        query_size = config.num_attention_heads * config.head_dim
-        key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = NORMS[config.norm_type](config, config.head_dim) if config.qk_norm else identity
-        self.k_norm = NORMS[config.norm_type](config, config.head_dim) if config.qk_norm else identity
+        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=config.attention_out_bias)
+        norm = NORMS[config.norm_type] if config.qk_norm else None
+        self.q_norm = norm(config, head_dim) if norm else identity
+        self.k_norm = norm(config, head_dim) if norm else identity
         self.swap = pair_swap(config)
         self.dropout = config.attention_dropout
 

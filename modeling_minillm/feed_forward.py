@@ -24,8 +24,9 @@ class MiniLLMMLP(nn.Module):
 
     def __init__(self, config: MiniLLMConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.up_proj = nn.Linear(outer, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, outer, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -37,9 +38,10 @@ class MiniLLMGLU(nn.Module):
 
     def __init__(self, config: MiniLLMConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(outer, inner, bias=bias)
+        self.up_proj = nn.Linear(outer, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, outer, bias=bias)
         self.act_fn, self.up_fn = gate_functions(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -16,14 +16,17 @@ from minillm.positions import MiniLLMRotaryEmbedding
 def mark_gains(layer: nn.Module, config: MiniLLMConfig) -> None:
     """Leaves `init_gain`, a gain of Xavier's normal initialisation (DeepNet, arXiv 2203.00555, section 3.2), or
     `init_scale`, a factor on `initializer_range`, on the projections of a block."""
+    is_deepnorm, is_scaled = config.norm_placement == "deepnorm", config.scale_residual_init
+    if not (is_deepnorm or is_scaled):
+        return
     attention = layer.self_attn
     feed_forward = [module for module in layer.mlp.modules() if isinstance(module, nn.Linear | MiniLLMExperts)]
-    if config.norm_placement == "deepnorm":
+    if is_deepnorm:
         for module in (attention.q_proj, attention.k_proj):
             module.init_gain = 1.0
         for module in (attention.v_proj, attention.o_proj, *feed_forward):
             module.init_gain = config.deepnorm_beta
-    if config.scale_residual_init:
+    if is_scaled:
         # The last one of the feed-forward writes into the residual stream.
         for module in (attention.o_proj, feed_forward[-1]):
             module.init_scale = (2 * config.num_hidden_layers) ** -0.5

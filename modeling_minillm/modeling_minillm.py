@@ -67,9 +67,10 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
         self.alpha = config.deepnorm_alpha if config.norm_placement == "deepnorm" else 1.0
         self.self_attn = MiniLLMAttention(config, layer_idx)
         self.mlp = MLPS[config.mlp_type](config)
+        norm, size, dropout = NORMS[config.norm_type], config.hidden_size, config.hidden_dropout
         for name in residual.norms:
-            setattr(self, name, NORMS[config.norm_type](config, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else identity
+            setattr(self, name, norm(config, size))
+        self.dropout = nn.Dropout(dropout) if dropout else identity
         mark_gains(self, config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
