@@ -19,7 +19,7 @@ from minillm.fused_loss import find_liger
 from minillm.layout import SHORT
 from minillm.loss import MANY_LOGITS
 from minillm.masks import LONGEST_PLAIN
-from minillm.positions import POSITION_BIASES
+from minillm.positions import LONGEST_FOLD, POSITION_BIASES, is_foldable
 
 
 def count_parameters(config: MiniLLMConfig) -> int:
@@ -91,11 +91,17 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
     plain = f", up to {LONGEST_PLAIN:,} unless packed or padded"
     length = f"beyond {SHORT} tokens{plain if features_of(config) <= {'any', 'dropout'} else ''}"
     attention = f"sdpa on cpu in blocks of queries, {length} (off: attn_implementation='eager')"
+    longest = " or ".join(f"{str(dtype).removeprefix('torch.')} up to {n:,}" for dtype, n in LONGEST_FOLD.items())
+    folded = (
+        f"sdpa with ALiBi folded into queries and keys: {longest} tokens, unless packed, padded or with a prefix "
+        "(off: minillm.masks.FOLDING_DEVICES = ())"
+    )
     generates = config.attention_type != "bidirectional"
     return {
         "loss": loss[config.skip_logits],
         **({} if config.skip_logits is False else {"loss on cuda": on_cuda}),
         "attention in training": attention if hides else "whole",
+        **({"attention on cuda": folded} if is_foldable(config) else {}),
         "decoding": "own loop where nothing needs that of transformers (off: use_cache=False)"
         if generates
         else "none",

@@ -156,6 +156,14 @@ def test_info_says_whether_the_loss_is_ligers(found, words, tmp_path, monkeypatc
     assert "Liger" not in succeed("info", tmp_path)
 
 
+def test_info_says_where_alibi_is_folded(tmp_path):
+    MiniLLMConfig(position_embedding_type="alibi").save_pretrained(tmp_path)
+    told = " ".join(" ".join(cells(line)) for line in succeed("info", tmp_path).splitlines())
+    assert "bfloat16 up to 65,536 or float16 up to 8,192 tokens, unless packed" in told
+    MiniLLMConfig(position_embedding_type="alibi", alibi_rounding="bloom").save_pretrained(tmp_path)
+    assert "attention on cuda" not in succeed("info", tmp_path)
+
+
 def test_info_counts_a_sliding_window_and_a_model_without_cache(tmp_path):
     MiniLLMConfig(sliding_window=7, use_cache=False).save_pretrained(tmp_path)
     told = succeed("info", tmp_path)
