@@ -55,12 +55,15 @@ DECODING_ON_CUDA = (
         tuple(Comparison(f"{own}, sdpa", "Llama, sdpa", at_least=1.0) for own in (CAUSAL, PREFIX, ALIBI)),
     ),
 )
+FOLDED = Contender(ALIBI, "sdpa")
+"""In 16 bits its bias is folded into queries and keys."""
 ATTENTION_ON_CUDA = (
     Group(
-        (LLAMAS[0], CAUSALS[0], *(own._replace(compiled=False) for own in FLEX), Contender("Bloom")),
+        (LLAMAS[0], CAUSALS[0], *(own._replace(compiled=False) for own in FLEX), FOLDED, Contender("Bloom")),
         (
             Comparison(CAUSALS[0].name, LLAMAS[0].name),
             *(Comparison(f"{own}, flex", CAUSALS[0].name) for own in (PREFIX, ALIBI)),
+            *(Comparison(FOLDED.name, rival) for rival in (CAUSALS[0].name, f"{ALIBI}, flex", "Bloom")),
             Comparison(f"{ALIBI}, flex", "Bloom"),
         ),
     ),
