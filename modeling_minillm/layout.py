@@ -226,6 +226,11 @@ class Layout:
         if self.key_length == self.query_length and self.is_fresh:
             return self.position_ids
         counted = self.key_slots[None] if self.real is None else self.at_keys(self._counted())
+        if isinstance(self.query_offset, int) and self.key_offset + self.key_length == self.slot_count:
+            # In a cache that grows the new tokens are the last keys; this is cheaper in each step of decoding.
+            cached, new = counted[:, : -self.query_length], self.position_ids
+            rows = max(cached.shape[0], new.shape[0])
+            return torch.cat((cached.expand(rows, -1), new.expand(rows, -1)), dim=-1)
         new = self.new_at_keys(self.position_ids)
         return torch.where(self.key_slots >= self.query_offset, new, counted)
 
