@@ -268,8 +268,8 @@ class Layout:
                 of_query, of_key = facts["documents"]
                 allowed = allowed & (of_query[row, query] == of_key[row, key])
             if facts["real"] is not None:
-                allowed = allowed & facts["real"][0][row, key]
-            return allowed | (distance == 0)
+                allowed = (allowed & facts["real"][0][row, key]) | (distance == 0)
+            return allowed
 
         return visible, rows
 

@@ -43,8 +43,10 @@ def dense_mask(layout: Layout) -> torch.Tensor:
 
 def evaluate(layout: Layout, visible: Callable, rows: int, block: Block) -> torch.Tensor:
     """A mask's predicate over part of its queries and keys, as a boolean tensor [rows, 1, queries, keys]."""
+    # In 32 bits, which take a CPU a sixth of the time of 64 to subtract.
     batch, query, key = (
-        torch.arange(part.start, part.stop, device=layout.device) for part in (slice(0, rows), *block)
+        torch.arange(part.start, part.stop, device=layout.device, dtype=torch.int32)
+        for part in (slice(0, rows), *block)
     )
     mask = visible(batch[:, None, None, None], None, query[None, None, :, None], key[None, None, None, :])
     return mask.expand(rows, 1, -1, -1)
