@@ -129,7 +129,7 @@ class MiniLLMAttention(nn.Module):
                 key,
                 value,
                 attention_mask,
-                lambda mask: self._local(query, mask, None)[0].to(query.device),
+                lambda mask: self._local_heads(query, mask),
                 self.dropout if self.training else 0.0,
                 self.scaling,
             )
@@ -167,11 +167,14 @@ class MiniLLMAttention(nn.Module):
         if isinstance(mask, torch.Tensor):
             if mask.is_floating_point():
                 mask = mask.to(query.dtype)
-            if mask.shape[1] not in (1, count):
-                mask = mask.narrow(1, self._first_local_head(count), count)
+            mask = self._local_heads(query, mask)
         if bias is not None and bias.num_heads != count:
             bias = bias.local_heads(self._first_local_head(count), count)
         return mask, bias
+
+    def _local_heads(self, query: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        count = query.shape[1]
+        return mask if mask.shape[1] in (1, count) else mask.narrow(1, self._first_local_head(count), count)
 
     def _first_local_head(self, count: int) -> int:
         return self.q_proj.weight.device_mesh.get_local_rank() * count

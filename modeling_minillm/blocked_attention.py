@@ -2,23 +2,45 @@
 
 SDPA's CPU kernel skips what lies beyond the diagonal for plain causal attention alone: given a mask or a bias it works
 through all of the square. Cut into blocks, every variant does the work that its mask asks for.
+
+The keys of a block are cut in turn: most are visible to all of its queries and need no mask, so that a table of
+queries x keys is made only for the rest, near the diagonal. What the parts give is joined by their log-sum-exp, as
+flash attention joins its tiles (arXiv 2205.14135, section 3.1).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 KEPT_ELEMENTS = 2**26
-"""Up to so many elements the mask of all blocks is made once for all layers, and above that anew wherever it is used,
-the backward pass included: memory then grows with the length, not with its square."""
+"""So many elements of masks are made once for all layers, and those beyond anew wherever they are used, the backward
+pass included: memory then grows with the length, not with its square."""
+SHORTEST_OPEN = 1024
+"""Fewer keys without a table are not worth a call of the kernel to themselves."""
 
 
 class Block(NamedTuple):
     queries: slice
     keys: slice
+
+
+class Scores(NamedTuple):
+    """What is added to the scores of a block: `mask`, broadcastable to [B, H, queries, keys], or None; and `shift`,
+    [B or 1, H, queries or 1, 1], or None, which is the same for all keys of a query and only moves its log-sum-exp."""
+
+    mask: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+
+class Part:
+    """A block, whether it does without a table, and what is added to its scores, if that is kept."""
+
+    def __init__(self, block: Block, is_open: bool) -> None:
+        self.block, self.is_open = block, is_open
+        self.kept: Scores | None = None
 
 
 def block_size(length: int) -> int:
@@ -27,38 +49,179 @@ def block_size(length: int) -> int:
 
 
 class BlockedMask:
-    """A square mask, in blocks of queries.
+    """A square mask, in blocks of queries whose keys are cut into parts.
 
     Args:
         length: number of queries and of keys.
         visible: boolean mask [B or 1, 1, queries, keys] of a block.
-        additive: the same with the bias in it, as numbers to add to the scores, [B or 1, 1 or H, queries, keys].
+        table: the same with the bias in it, as numbers to add to the scores, [B or 1, 1 or H, queries, keys].
+        without_table: the bias of a block whose keys are all visible, where it takes no table; else None.
+
+    Attributes:
+        blocks: the parts of each block.
     """
 
     def __init__(
         self,
         length: int,
         visible: Callable[[Block], torch.Tensor],
-        additive: Callable[[Block], torch.Tensor],
+        table: Callable[[Block], torch.Tensor],
+        without_table: Callable[[Block], Scores | None],
     ) -> None:
-        self.additive = additive
-        self.blocks, everything = [], slice(0, length)
+        self.table, self.without_table = table, without_table
+        self.blocks: list[list[Part]] = []
+        room = KEPT_ELEMENTS
         for start in range(0, length, block_size(length)):
             queries = slice(start, min(length, start + block_size(length)))
-            seen = visible(Block(queries, everything)).flatten(0, -2).any(0).nonzero()
-            self.blocks.append(Block(queries, slice(int(seen[0]), int(seen[-1]) + 1)))
-        first = additive(self.blocks[0])
-        per_pair = first.shape[0] * first.shape[1]
-        pairs = sum((block.queries.stop - block.queries.start) * _length(block.keys) for block in self.blocks)
-        self.is_kept = per_pair * pairs <= KEPT_ELEMENTS
-        self.kept = [first, *(additive(block) for block in self.blocks[1:])] if self.is_kept else None
+            # As numbers: `amax` and `amin` take a tenth of the time of `any` and `all`.
+            seen = visible(Block(queries, slice(0, length))).flatten(0, -2).view(torch.uint8)
+            by_one = seen.amax(0).nonzero()
+            block = Block(queries, slice(int(by_one[0]), int(by_one[-1]) + 1))
+            self.blocks.append(self._cut(block, _runs(seen.amin(0).bool())))
+            for part in self.blocks[-1]:
+                if room > 0:
+                    scores = self.scores(part)
+                    room -= sum(tensor.numel() for tensor in scores if tensor is not None)
+                    part.kept = scores if room >= 0 else None
 
-    def of_block(self, index: int) -> torch.Tensor:
-        return self.kept[index] if self.is_kept else self.additive(self.blocks[index])
+    def scores(self, part: Part) -> Scores:
+        if part.kept is not None:
+            return part.kept
+        scores = self.without_table(part.block) if part.is_open else None
+        return Scores(self.table(part.block)) if scores is None else scores
+
+    def _cut(self, block: Block, runs: list[slice]) -> list[Part]:
+        """Cuts a block between the `runs` of keys that all of its queries see and the others."""
+        parts, end = [], block.keys.start
+        for keys in (piece for run in runs for piece in self._pieces(block.queries, run)):
+            if keys.start > end:
+                parts.append(Part(Block(block.queries, slice(end, keys.start)), False))
+            parts.append(Part(Block(block.queries, keys), True))
+            end = keys.stop
+        if end < block.keys.stop:
+            parts.append(Part(Block(block.queries, slice(end, block.keys.stop)), False))
+        return parts
+
+    def _pieces(self, queries: slice, run: slice) -> list[slice]:
+        """The run itself, or what is left of it on either side of the diagonal, where that is long and the bias takes
+        no table."""
+        before = slice(run.start, min(run.stop, queries.start))
+        after = slice(max(run.start, queries.stop), run.stop)
+        for pieces in ([run], [before, after]):
+            pieces = [
+                keys
+                for keys in pieces
+                if _length(keys) >= SHORTEST_OPEN and self.without_table(Block(queries, keys)) is not None
+            ]
+            if pieces:
+                return pieces
+        return []
 
 
 def _length(part: slice) -> int:
     return part.stop - part.start
+
+
+def _runs(flags: torch.Tensor) -> list[slice]:
+    """Where boolean flags [length] are true, as slices."""
+    edges = F.pad(flags, (1, 1)).diff().nonzero().flatten().tolist()
+    return [slice(*ends) for ends in zip(edges[::2], edges[1::2], strict=True)]
+
+
+class FlashInParts(torch.autograd.Function):
+    """Attention under a blocked mask by the kernel that SDPA has for CPU, whose backward pass needs the output and the
+    log-sum-exp of a whole row of scores, but works on any part of its keys: so no part is computed twice, and masks
+    that are not kept are made anew. Gradients of keys and values grow in place, in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: BlockedMask,
+        fit: Callable[[Scores], Scores],
+        scaling: float,
+    ) -> torch.Tensor:
+        outputs, sums = [], []
+        for parts in mask.blocks:
+            output = total = None
+            for part in parts:
+                (queries, keys), added = part.block, fit(mask.scores(part))
+                own, own_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    _at(query, queries), _at(key, keys), _at(value, keys), attn_mask=added.mask, scale=scaling
+                )
+                own_sum = own_sum if added.shift is None else own_sum + added.shift.squeeze(-1)
+                if output is None:
+                    output, total = own, own_sum
+                else:
+                    share = torch.sigmoid(own_sum - total)[..., None]
+                    output = torch.lerp(output.to(share.dtype), own.to(share.dtype), share)
+                    total = torch.logaddexp(total, own_sum)
+            outputs.append(output.to(query.dtype).transpose(1, 2))
+            sums.append(total)
+        # The kernel's output lies in memory as batch, length, heads.
+        output = torch.cat(outputs, dim=1)
+        ctx.save_for_backward(query, key, value, output, torch.cat(sums, dim=2))
+        ctx.mask, ctx.fit, ctx.scaling = mask, fit, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        given = (ctx.mask, ctx.fit, ctx.scaling)
+        of_inputs = FlashInPartsBackward.apply(gradient, *ctx.saved_tensors, *given)
+        wanted = (own if needed else None for own, needed in zip(of_inputs, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None
+
+
+class FlashInPartsBackward(torch.autograd.Function):
+    """The backward pass of `FlashInParts`, a function by itself so that a second derivative meets an error instead of
+    missing a term."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        total: torch.Tensor,
+        mask: BlockedMask,
+        fit: Callable[[Scores], Scores],
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        output, gradient = output.transpose(1, 2), gradient.transpose(1, 2)
+        of_query, of_key, of_value = (torch.zeros_like(states, dtype=total.dtype) for states in (query, key, value))
+        for part in (part for parts in mask.blocks for part in parts):
+            (queries, keys), added = part.block, fit(mask.scores(part))
+            row_sum = _at(total, queries)
+            own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _at(gradient, queries),
+                _at(query, queries),
+                _at(key, keys),
+                _at(value, keys),
+                _at(output, queries),
+                row_sum if added.shift is None else row_sum - added.shift.squeeze(-1),
+                0.0,
+                False,
+                attn_mask=added.mask,
+                scale=scaling,
+            )
+            for whole, place, piece in zip((of_query, of_key, of_value), (queries, keys, keys), own, strict=True):
+                _at(whole, place).add_(piece)
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise RuntimeError(
+            "attention in blocks has no second derivative: use attn_implementation='eager', or run it within "
+            "`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`"
+        )
+
+
+def _at(states: torch.Tensor, place: slice) -> torch.Tensor:
+    return states.narrow(2, place.start, _length(place))
 
 
 def blocked_attention(
@@ -66,7 +229,7 @@ def blocked_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: BlockedMask,
-    fit: Callable[[torch.Tensor], torch.Tensor],
+    local_heads: Callable[[torch.Tensor], torch.Tensor],
     dropout: float,
     scaling: float,
 ) -> torch.Tensor:
@@ -74,28 +237,73 @@ def blocked_attention(
 
     Args:
         query: [B, H, length, head_dim]; `key` and `value`: [B, key/value heads, length, head_dim].
-        fit: gives the mask of a block the dtype, device and heads of the query.
+        local_heads: leaves those heads of a mask that the query has.
 
     Returns:
         [B, length, H, head_dim].
     """
+    if torch.is_autocast_enabled("cpu") and query.device.type == "cpu" and query.dtype != torch.float64:
+        # What autocast does for SDPA, which is not asked below.
+        query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
 
-    def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        block = mask.blocks[index]
+    def fit(scores: Scores) -> Scores:
+        # The kernel adds float32 to scores of any dtype but float64, and a bias needs its digits.
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        return Scores(*(part if part is None else local_heads(part).to(query.device, dtype) for part in scores))
+
+    if dropout == 0 and _has_flash(query):
+        return FlashInParts.apply(query, key, value, mask, fit, scaling)
+    return _composed(query, key, value, mask, fit, dropout, scaling)
+
+
+def _has_flash(query: torch.Tensor) -> bool:
+    """Whether the kernel is there and SDPA would be free to take it. Transforms of functions and compilers look into
+    SDPA, and with other back ends chosen by `torch.nn.attention.sdpa_kernel` it can be differentiated twice."""
+    is_eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return is_eager and query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled()
+
+
+def _composed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: BlockedMask,
+    fit: Callable[[Scores], Scores],
+    dropout: float,
+    scaling: float,
+) -> torch.Tensor:
+    """The same by SDPA, block by block, each with its mask in one piece; computed anew in the backward pass if what
+    SDPA keeps of all blocks would take the square of the length."""
+
+    def attend(parts: list[Part], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        queries, keys = parts[0].block.queries, slice(parts[0].block.keys.start, parts[-1].block.keys.stop)
         return F.scaled_dot_product_attention(
-            query[:, :, block.queries],
-            key[:, :, block.keys],
-            value[:, :, block.keys],
-            attn_mask=fit(mask.of_block(index)),
+            query[:, :, queries],
+            key[:, :, keys],
+            value[:, :, keys],
+            attn_mask=_in_one_piece([(part.block, fit(mask.scores(part))) for part in parts], query),
             dropout_p=dropout,
             scale=scaling,
         )
 
-    if not mask.is_kept and torch.is_grad_enabled():
-        parts = [checkpoint(attend, i, query, key, value, use_reentrant=False) for i in range(len(mask.blocks))]
+    pairs = sum(_length(part.block.queries) * _length(part.block.keys) for parts in mask.blocks for part in parts)
+    if torch.is_grad_enabled() and query.shape[0] * query.shape[1] * pairs > KEPT_ELEMENTS:
+        outputs = [checkpoint(attend, parts, query, key, value, use_reentrant=False) for parts in mask.blocks]
     else:
-        parts = [attend(i, query, key, value) for i in range(len(mask.blocks))]
-    return torch.cat(parts, dim=2).transpose(1, 2)
+        outputs = [attend(parts, query, key, value) for parts in mask.blocks]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _in_one_piece(parts: list[tuple[Block, Scores]], query: torch.Tensor) -> torch.Tensor:
+    """The mask of neighbouring parts in the dtype of the query, [B or 1, 1 or H, queries, keys]."""
+    pieces = []
+    for block, scores in parts:
+        terms = [term for term in scores if term is not None] or [query.new_zeros(1, 1, 1, 1)]
+        pieces.append(sum(terms[1:], terms[0]).expand(-1, -1, _length(block.queries), _length(block.keys)))
+    if len(pieces) == 1:
+        return pieces[0].to(query.dtype)
+    leading = torch.broadcast_shapes(*(piece.shape[:2] for piece in pieces))
+    return torch.cat([piece.expand(*leading, -1, -1) for piece in pieces], dim=-1).to(query.dtype)

@@ -14,7 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.utils.import_utils import is_tracing
 
 from minillm.attention import CACHE_NAME
-from minillm.blocked_attention import Block, BlockedMask
+from minillm.blocked_attention import Block, BlockedMask, Scores
 from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.layout import Layout, lay_out
@@ -52,15 +52,23 @@ def evaluate(layout: Layout, visible: Callable, rows: int, block: Block) -> torc
     return mask.expand(rows, 1, -1, -1)
 
 
-def blocked_mask(layout: Layout, bias: PositionBias | None, dtype: torch.dtype) -> BlockedMask:
+def blocked_mask(layout: Layout, bias: PositionBias | None) -> BlockedMask:
     """The mask, with the bias if there is one, for SDPA on CPU."""
     visible, rows = layout.mask_mod()
+    # Half of the least number, to which a bias can be added.
+    hidden = torch.tensor(torch.finfo(torch.float32).min / 2, dtype=torch.float32)
 
-    def additive(block: Block) -> torch.Tensor:
-        of_block = torch.zeros((), dtype=dtype) if bias is None else bias.of_block(*block).dense()
-        return combine(evaluate(layout, visible, rows, block), of_block, dtype)
+    def table(block: Block) -> torch.Tensor:
+        mask = torch.where(evaluate(layout, visible, rows, block), 0.0, hidden)
+        return mask if bias is None else mask + bias.of_block(*block).dense()
 
-    return BlockedMask(layout.query_length, lambda block: evaluate(layout, visible, rows, block), additive)
+    def without_table(block: Block) -> Scores | None:
+        if bias is None:
+            return Scores()
+        parts = bias.of_block(*block).separate()
+        return None if parts is None else Scores(*parts)
+
+    return BlockedMask(layout.query_length, lambda block: evaluate(layout, visible, rows, block), table, without_table)
 
 
 def block_mask(layout: Layout) -> BlockMask:
@@ -167,7 +175,7 @@ def build_attention_inputs(
     plain = bias is None and layout.is_plain()
     in_blocks = not plain or (causal_square and layout.query_length <= LONGEST_PLAIN)
     if kind == "sdpa" and layout.is_long_square() and in_blocks:
-        return AttentionInputs(positions, blocked_mask(layout, bias, inputs_embeds.dtype), None)
+        return AttentionInputs(positions, blocked_mask(layout, bias), None)
     if plain and not (kind == "eager" and causal_square):
         return AttentionInputs(positions, None, None)
     bias = None if bias is None else bias.dense()

@@ -187,6 +187,11 @@ class PositionBias:
         part.query_positions, part.key_positions = self.query_positions[:, queries], self.key_positions[:, keys]
         return part
 
+    def separate(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The bias as a sum of a number for each key [B or 1, H, 1, K] and one for each query [B or 1, H, Q or 1, 1],
+        float32, if it is one."""
+        return None
+
     def __getitem__(self, index: tuple) -> torch.Tensor:
         raise NotImplementedError
 
@@ -233,6 +238,22 @@ class AlibiBias(PositionBias):
         if self.config.alibi_rounding == "none":
             return -slopes * self._distances()
         return self._rounded(slopes, self.key_positions[:, None, None, :])
+
+    def separate(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        # Both numbers are counted from the key next to the queries, so that those that matter are small and exact.
+        if self.config.alibi_rounding != "none":
+            bias = self.dense()
+            nearest = bias.amax(-1, keepdim=True)
+            return bias - nearest, nearest
+        slopes = self.head_factors[None, :, None, None]
+        queries, keys = self.query_positions[:, None, :, None], self.key_positions[:, None, None, :]
+        nearest = keys.amax(-1, keepdim=True)
+        if bool((nearest <= queries).all()):
+            return slopes * (keys - nearest), slopes * (nearest - queries)
+        nearest = keys.amin(-1, keepdim=True)
+        if bool((nearest >= queries).all()):
+            return slopes * (nearest - keys), slopes * (queries - nearest)
+        return None
 
     def __getitem__(self, index: tuple) -> torch.Tensor:
         batch, head, query, key = index

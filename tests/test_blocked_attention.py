@@ -1,10 +1,14 @@
 """Attention on CPU in blocks of queries: which keys a block meets, equality at lengths that have several blocks, and
 memory that grows with the length. The matrix of variants runs in blocks in `test_matrix.py`."""
 
+import collections
+
 import pytest
 import torch
 from matrix_cases import loud_model, tiny_config
 from test_loss import LargestTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import blocked_attention, layout, masks
 from minillm.blocked_attention import BlockedMask
@@ -16,6 +20,8 @@ VARIANTS = {
     "prefix": {"attention_type": "prefix"},
     "alibi": {"position_embedding_type": "alibi"},
     "prefix alibi": {"attention_type": "prefix", "position_embedding_type": "alibi"},
+    "bloom's alibi": {"position_embedding_type": "alibi", "alibi_rounding": "bloom"},
+    "sandwich": {"position_embedding_type": "sandwich", "sandwich_dim": 8},
     "window": {"sliding_window": 40},
     "bidirectional window": {"attention_type": "bidirectional", "sliding_window": 40},
     "bidirectional alibi": {"attention_type": "bidirectional", "position_embedding_type": "alibi"},
@@ -45,25 +51,41 @@ def logits_and_gradients(model, inputs):
     return logits.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "made anew"])
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_eager_at_length(variant, packed, kept, monkeypatch):
-    calls = []
-    monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", 2**26 if kept else 0)
-    scaled = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        blocked_attention.F, "scaled_dot_product_attention", lambda *args, **kw: calls.append(1) or scaled(*args, **kw)
-    )
-    model, inputs = loud_model(config_of(variant)), token_batch(variant, packed)
-    found = logits_and_gradients(model, inputs)
-    # Two layers of three blocks, run again in the backward pass if their masks are not kept.
-    assert len(calls) == (6 if kept else 12)
-    model.set_attn_implementation("eager")
-    expected = logits_and_gradients(model, inputs)
+class CountedKernels(TorchDispatchMode):
+    """Counts the calls of attention kernels, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if "scaled_dot_product" in name:
+            self.counts["backward" if name.endswith("backward") else "forward"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def assert_same(found, expected):
     torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=1e-5)
     for own, other in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(own, other, atol=2e-5 * float(other.abs().max()) + 1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shortest", [16, 1000], ids=["in parts", "in one piece"])
+@pytest.mark.parametrize("kept", [2**26, 40000, 0], ids=["kept", "some kept", "made anew"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_eager_at_length(variant, packed, kept, shortest, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(blocked_attention, "SHORTEST_OPEN", shortest)
+    model, inputs = loud_model(config_of(variant)), token_batch(variant, packed)
+    with CountedKernels() as counted:
+        found = logits_and_gradients(model, inputs)
+    # Two layers of three blocks, and nothing is computed twice.
+    assert counted.counts["forward"] == counted.counts["backward"] >= 6
+    assert counted.counts["forward"] == 6 or shortest == 16
+    model.set_attn_implementation("eager")
+    assert_same(found, logits_and_gradients(model, inputs))
 
 
 def key_ranges(variant, length=256, **inputs):
@@ -72,7 +94,7 @@ def key_ranges(variant, length=256, **inputs):
     config._attn_implementation = "sdpa"
     mask = build_attention_inputs(config, embeds, **inputs).attention_mask
     assert isinstance(mask, BlockedMask)
-    return [(block.keys.start, block.keys.stop) for block in mask.blocks]
+    return [(parts[0].block.keys.start, parts[-1].block.keys.stop) for parts in mask.blocks]
 
 
 def test_a_block_meets_only_the_keys_that_it_sees():
@@ -123,6 +145,136 @@ def test_a_soft_cap_is_refused_and_not_ignored(length, back_end):
     model.set_attn_implementation(back_end)
     with pytest.raises(ValueError, match=r"`softcap=30.0`.*leave it out"):
         model(torch.ones(1, length, dtype=torch.long), softcap=30.0)
+
+
+@pytest.mark.parametrize("kept", [2**26, 0], ids=["kept", "made anew"])
+@pytest.mark.parametrize("shortest", [16, 1000], ids=["in parts", "in one piece"])
+@pytest.mark.parametrize("variant", ["prefix alibi", "gqa"])
+def test_bfloat16_is_as_near_as_eager(variant, shortest, kept, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(blocked_attention, "SHORTEST_OPEN", shortest)
+    model, inputs = loud_model(config_of(variant)), token_batch(variant, False)
+    exact = logits_and_gradients(model, inputs)
+    model.to(torch.bfloat16)
+    found = logits_and_gradients(model, inputs)
+    model.set_attn_implementation("eager")
+    eager = logits_and_gradients(model, inputs)
+
+    def error(run):
+        pairs = zip([run[0], *run[1]], [exact[0], *exact[1]], strict=True)
+        return sum(float((own.float() - other).norm() / other.norm().clamp(min=1e-6)) for own, other in pairs)
+
+    assert error(found) <= 1.1 * error(eager)
+
+
+def test_autocast_reaches_the_blocks():
+    model, inputs = loud_model(config_of("prefix alibi")), token_batch("prefix alibi", False)
+    exact = logits_and_gradients(model, inputs)
+    seen = []
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is kernel:
+                seen.extend(states.dtype for states in args[:3])
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        found = logits_and_gradients(model, inputs)
+    assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(found[0].float(), exact[0], atol=0.05 * float(exact[0].abs().max()), rtol=0)
+
+
+def qkv(heads=4, key_heads=2, length=LENGTH, head_dim=8):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads, "query"), (key_heads, "key"), (key_heads, "value"))
+    return [torch.randn(1, count, length, head_dim, generator=generator).requires_grad_() for count, _ in shapes]
+
+
+def attend(states, variant="prefix alibi", dropout=0.0):
+    config = config_of(variant)
+    config._attn_implementation = "sdpa"
+    prefix = {"prefix_mask": (torch.arange(LENGTH) < 200).long()[None]} if "prefix" in variant else {}
+    mask = build_attention_inputs(config, torch.zeros(1, LENGTH, 32), **prefix).attention_mask
+    return blocked_attention.blocked_attention(*states, mask, lambda heads: heads, dropout, 0.3)
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, True), (True, False, True)], ids=str)
+def test_only_the_gradients_that_are_asked_for(needed):
+    expected = qkv()
+    attend(expected).square().sum().backward()
+    states = [own.detach().requires_grad_(wants) for own, wants in zip(qkv(), needed, strict=True)]
+    attend(states).square().sum().backward()
+    for own, other, wants in zip(states, expected, needed, strict=True):
+        assert torch.equal(own.grad, other.grad) if wants else own.grad is None
+
+
+def test_a_second_derivative_is_refused_or_right():
+    states = qkv()
+    for loss in (attend(states).sum(), attend(states).square().sum()):
+        first = torch.autograd.grad(loss, states, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative: use attn_implementation='eager'"):
+            torch.autograd.grad(first[0].square().sum(), states[1], allow_unused=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        double = [own.detach().double().requires_grad_() for own in states]
+        first_double = torch.autograd.grad(attend(double).square().sum(), double, create_graph=True)
+        for own, other in zip(first_double, first, strict=True):
+            torch.testing.assert_close(own.float(), other, atol=1e-4, rtol=1e-4)
+        second = torch.autograd.grad(first_double[0].square().sum(), double)
+    assert all(float(own.abs().max()) > 0 for own in second)
+
+
+@pytest.mark.parametrize("kept", [2**26, 0], ids=["kept", "made anew"])
+@pytest.mark.parametrize("shortest", [16, 1000], ids=["in parts", "in one piece"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sdpa_itself_computes_the_same(variant, shortest, kept, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(blocked_attention, "SHORTEST_OPEN", shortest)
+    states = qkv()
+    expected = attend(states, variant)
+    gradients = torch.autograd.grad(expected.square().sum(), states)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = attend(states, variant)
+        own_gradients = torch.autograd.grad(found.square().sum(), states)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for own, other in zip(own_gradients, gradients, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+
+
+def test_transforms_of_functions():
+    states = qkv()
+    expected = torch.autograd.grad(attend(states).square().sum(), states)
+    found = torch.func.grad(lambda *states: attend(states).square().sum(), argnums=(0, 1, 2))(*states)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_rank_takes_its_own_heads():
+    states = qkv(key_heads=4)
+    config = config_of("alibi")
+    config._attn_implementation = "sdpa"
+    mask = build_attention_inputs(config, torch.zeros(1, LENGTH, 32)).attention_mask
+    run = blocked_attention.blocked_attention
+    expected = run(*states, mask, lambda heads: heads, 0.0, 0.3)
+    part = [own[:, 2:] for own in states]
+    found = run(*part, mask, lambda heads: heads[:, 2:] if heads.shape[1] == 4 else heads, 0.0, 0.3)
+    torch.testing.assert_close(found, expected[:, :, 2:])
+
+
+def test_rows_of_a_batch_may_differ(monkeypatch):
+    monkeypatch.setattr(blocked_attention, "SHORTEST_OPEN", 16)
+    ids = token_batch("causal", False)["input_ids"]
+    padding = (torch.arange(LENGTH) >= torch.tensor([[0], [37]])).long()
+    documents = (torch.arange(LENGTH) >= torch.tensor([[250], [90]])).long()
+    for variant, extra in (
+        ("alibi", {"attention_mask": padding}),
+        ("causal", {"document_ids": documents}),
+        ("alibi", {"document_ids": documents, "attention_mask": padding}),
+    ):
+        model, inputs = loud_model(config_of(variant)), {"input_ids": ids, **extra}
+        found = logits_and_gradients(model, inputs)
+        model.set_attn_implementation("eager")
+        assert_same(found, logits_and_gradients(model, inputs))
 
 
 def test_dropout_reaches_the_blocks():
