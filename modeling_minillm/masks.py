@@ -179,7 +179,9 @@ def build_attention_inputs(
     if plain and not (kind == "eager" and causal_square):
         return AttentionInputs(positions, None, None)
     bias = None if bias is None else bias.dense()
-    return AttentionInputs(positions, combine(dense_mask(layout), bias, inputs_embeds.dtype), None)
+    # A single token that sees every key needs no more than its bias.
+    mask = None if layout.query_length == 1 and layout.is_plain() else dense_mask(layout)
+    return AttentionInputs(positions, combine(mask, bias, inputs_embeds.dtype), None)
 
 
 def _custom_mask(
