@@ -12,13 +12,11 @@ from pathlib import Path
 PANELS = {
     ("(a) short blanks in the middle", "perplexity of the blank's tokens"): (
         ("causal, left context", "causal", "blank_perplexity", "C0"),
-        ("the same, as many\ntokens scored as GLM", "causal_fewer_steps", "blank_perplexity", "C9"),
         ("GLM", "glm_blanks", "blank_perplexity", "C1"),
         ("GLM, length known", "glm_blanks", "blank_perplexity_length_known", "C1"),
     ),
     ("(a) short blanks in the middle", "exact match"): (
         ("causal, length known", "causal", "blank_exact_length_known", "C0"),
-        ("the same, as many\ntokens scored as GLM", "causal_fewer_steps", "blank_exact_length_known", "C9"),
         ("GLM, ends by itself", "glm_blanks", "blank_exact", "C1"),
         ("GLM, length known", "glm_blanks", "blank_exact_length_known", "C1"),
     ),

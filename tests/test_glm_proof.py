@@ -217,7 +217,7 @@ def test_models_start_from_the_same_weights_and_see_the_same_rows_in_the_same_or
         proof.set_seed(3)
         model = proof.build_model(name, tokenizer, recipe)
         weights[name] = {key: value.clone() for key, value in model.state_dict().items()}
-        cost = proof.train(model, proof.build_collator(name, tokenizer, 3, 0.3), rows, 4, 3, recipe)
+        cost = proof.train(model, proof.build_collator(name, tokenizer, 3, 0.3), rows, 3, recipe)
         assert cost["steps"] == 4 and len(seen[name]) >= 4
         assert any(not torch.equal(weights[name][key], value) for key, value in model.state_dict().items())
         if name == "causal":
@@ -247,9 +247,7 @@ def test_the_script_runs_and_leaves_figures_and_a_picture(tmp_path):
     for run in results["seeds"].values():
         assert set(run) == set(proof.MODELS) == set(results["summary"])
         assert len({figures["parameters"] for figures in run.values()}) == 1
-        causal, fewer = run["causal"], run["causal_fewer_steps"]
-        assert causal["scored_tokens"] == 3 * 4 * 31
-        assert fewer["steps"] == round(3 * run["glm_blanks"]["scored_tokens"] / causal["scored_tokens"]) < 3
+        assert run["causal"]["scored_tokens"] == 3 * 4 * 31 > run["glm_blanks"]["scored_tokens"] > 0
         assert run["glm_document"]["scored_tokens"] >= 3 * 4 * 17
         for figures in run.values():
             for name, value in figures.items():
