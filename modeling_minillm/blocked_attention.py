@@ -92,6 +92,8 @@ class BlockedMask:
 
     def _cut(self, block: Block, runs: list[slice]) -> list[Part]:
         """Cuts a block between the `runs` of keys that all of its queries see and the others."""
+        if runs == [block.keys] and self.without_table(block) is not None:
+            return [Part(block, True)]
         parts, end = [], block.keys.start
         for keys in (piece for run in runs for piece in self._pieces(block.queries, run)):
             if keys.start > end:
