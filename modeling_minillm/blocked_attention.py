@@ -257,6 +257,10 @@ def blocked_attention(
         return Scores(*(part if part is None else local_heads(part).to(query.device, dtype) for part in scores))
 
     if dropout == 0 and _has_flash(query):
+        # The kernel reads the channels of a head one after another, whatever their stride says.
+        query, key, value = (
+            states if states.stride(-1) == 1 else states.contiguous() for states in (query, key, value)
+        )
         return FlashInParts.apply(query, key, value, mask, fit, scaling)
     return _composed(query, key, value, mask, fit, dropout, scaling)
 

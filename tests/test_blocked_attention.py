@@ -209,6 +209,17 @@ def test_only_the_gradients_that_are_asked_for(needed):
         assert torch.equal(own.grad, other.grad) if wants else own.grad is None
 
 
+def test_channels_that_do_not_lie_side_by_side():
+    expected = attend(states := qkv())
+    wanted = torch.autograd.grad(expected.square().sum(), states)
+    for index in range(3):
+        strided = [own.detach() for own in states]
+        strided[index] = strided[index].transpose(2, 3).contiguous().transpose(2, 3)
+        found = attend([own.requires_grad_() for own in strided])
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), strided), wanted)
+
+
 def test_a_second_derivative_is_refused_or_right():
     states = qkv()
     for loss in (attend(states).sum(), attend(states).square().sum()):
