@@ -19,7 +19,7 @@ KEPT_ELEMENTS = 2**26
 """So many elements of masks are made once for all layers, and those beyond anew wherever they are used, the backward
 pass included: memory then grows with the length, not with its square."""
 SHORTEST_OPEN = 1024
-"""Fewer keys without a table are not worth a call of the kernel to themselves."""
+"""Fewer keys without a table are not worth a call of the kernel to themselves, unless they are all of a block."""
 
 
 class Block(NamedTuple):
@@ -222,6 +222,13 @@ class FlashInPartsBackward(torch.autograd.Function):
         )
 
 
+def autocast_dtype(states: torch.Tensor) -> torch.dtype:
+    """The dtype in which attention meets its inputs: autocast's, or their own."""
+    device, dtype = states.device.type, states.dtype
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else dtype
+
+
 def _at(states: torch.Tensor, place: slice) -> torch.Tensor:
     return states.narrow(2, place.start, _length(place))
 
@@ -244,9 +251,8 @@ def blocked_attention(
     Returns:
         [B, length, H, head_dim].
     """
-    if torch.is_autocast_enabled("cpu") and query.device.type == "cpu" and query.dtype != torch.float64:
-        # What autocast does for SDPA, which is not asked below.
-        query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in (query, key, value))
+    # What autocast does for SDPA, which is not asked below.
+    query, key, value = (states.to(autocast_dtype(states)) for states in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))

@@ -14,7 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.utils.import_utils import is_tracing
 
 from minillm.attention import CACHE_NAME
-from minillm.blocked_attention import Block, BlockedMask, Scores
+from minillm.blocked_attention import Block, BlockedMask, Scores, autocast_dtype
 from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.layout import Layout, lay_out
@@ -97,13 +97,6 @@ def combine(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.d
     return mask.to(dtype) + bias
 
 
-def attention_dtype(inputs_embeds: torch.Tensor) -> torch.dtype:
-    """The dtype in which attention meets its inputs: autocast's, or that of the stream."""
-    device, dtype = inputs_embeds.device.type, inputs_embeds.dtype
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else dtype
-
-
 def folds(layout: Layout, kind: str, device: str, dtype: torch.dtype) -> bool:
     """Whether ALiBi becomes channels of queries and keys, so that attention is plainly causal: where that is as exact
     as a table of the bias, and all keys are fresh, so that the channels never meet a cache.
@@ -111,7 +104,7 @@ def folds(layout: Layout, kind: str, device: str, dtype: torch.dtype) -> bool:
     Args:
         kind: the back end's, see `minillm.capabilities.kind_of`.
         device: type of the device.
-        dtype: see `attention_dtype`.
+        dtype: see `autocast_dtype`.
     """
     serves = kind == "sdpa" and device in FOLDING_DEVICES and is_foldable(layout.config)
     is_square = 1 < layout.query_length <= LONGEST_FOLD.get(dtype, 0) and layout.is_plain()
@@ -157,7 +150,7 @@ def build_attention_inputs(
         check(config, implementation, device, direction, extra)
     positions = layout.position_ids
     custom = attention_mask if attention_mask is not None and len(attention_mask.shape) != 2 else None
-    dtype = attention_dtype(inputs_embeds)
+    dtype = autocast_dtype(inputs_embeds)
     if custom is None and folds(layout, kind, device, dtype):
         return AttentionInputs(positions, None, fold_alibi(config, layout.query_length, dtype, inputs_embeds.device))
     bias = None

@@ -366,6 +366,7 @@ def test_one_graph_serves_the_whole_model(on_cpu, calls):
     calls.clear()
     model.zero_grad()
     logits, gradients = model_run(compiled, {"input_ids": ids})
+    assert len(calls) == 2 and all(is_folded_call(call) for call in calls)
     for name, got in {"logits": logits, **gradients}.items():
         torch.testing.assert_close(got, expected[name.removeprefix("_orig_mod.")], atol=2e-2, rtol=2e-2)
 
