@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from matrix_cases import SIZES, loud_model, tiny_config
+from test_loss import MODELS
 from torch.nn import functional as F
 
 import minillm.fused_loss
@@ -171,15 +172,6 @@ def test_mixed_precision_hands_over_one_type(calls):
     for own, plain in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         assert own.dtype == torch.float32
         assert (own - plain).norm() <= 2e-2 * plain.norm()
-
-
-MODELS = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True},
-    "norm_head": {"norm_head": True},
-    "prefix": {"attention_type": "prefix"},
-    "moe": {"mlp_type": "moe", "num_local_experts": 4, "output_router_logits": True},
-}
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_items_in_batch": 31}], ids=["mean", "total"])
