@@ -96,7 +96,7 @@ PRESET = Shape(16384, 256, 8, 8, 1024)
 
 BOTH = (DENSE, SPARSE)
 PLANS = {
-    "cpu": Plan(PRESET, (256, 1024), 1024, (1,), 64, None, BOTH, BOTH, (ATTENTION,)),
+    "cpu": Plan(PRESET, (256, 1024), 1024, (1, 8), 64, None, BOTH, BOTH, (ATTENTION,)),
     "cuda": Plan(
         Shape(32000, 2048, 16, 16, 8192, tie_word_embeddings=False),
         (2048, 8192),

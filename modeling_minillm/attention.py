@@ -6,27 +6,13 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minillm.blocked_attention import BlockedMask, blocked_attention
+from minillm.cache import CACHE_NAME
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.normalization import NORMS, identity
 from minillm.positions import FoldedBias, PositionBias, apply_rotary, pair_swap
-
-CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What this transformers calls the key/value cache; it was `past_key_values` before 5.24."""
-
-
-def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, given under its name or under its older one.
-
-    Raises:
-        ValueError: if both are given and differ.
-    """
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("`cache` and `past_key_values` are two names of one thing: give one of them")
-    return past_key_values if cache is None else cache
 
 
 def eager_attention_forward(

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from minillm.attention import CACHE_NAME
+from minillm.cache import CACHE_NAME, with_room
 from minillm.infilling import continue_positions
 from minillm.positions import POSITION_BIASES
 
@@ -180,7 +180,13 @@ def sample(
 
 
 class MiniLLMDecodingMixin:
-    """Decodes with the loop of this file where it can."""
+    """Decodes with the loop of this file where it can, and into a cache with room."""
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        given = model_kwargs.get(CACHE_NAME)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if given is None and CACHE_NAME in model_kwargs:
+            with_room(model_kwargs[CACHE_NAME])
 
     def _sample(
         self,

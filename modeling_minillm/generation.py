@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from minillm.attention import CACHE_NAME
+from minillm.cache import CACHE_NAME
 from minillm.capabilities import check
 from minillm.infilling import continue_positions, glm_inputs
 from minillm.layout import require, require_integers

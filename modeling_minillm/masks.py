@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.utils.import_utils import is_tracing
 
-from minillm.attention import CACHE_NAME
 from minillm.blocked_attention import Block, BlockedMask, Scores, autocast_dtype
+from minillm.cache import CACHE_NAME
 from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.layout import Layout, lay_out

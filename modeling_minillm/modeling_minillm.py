@@ -33,7 +33,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from minillm.attention import CACHE_NAME, MiniLLMAttention, one_cache
+from minillm.attention import MiniLLMAttention
+from minillm.cache import CACHE_NAME, one_cache, with_room
 from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.decoding import MiniLLMDecodingMixin
@@ -209,7 +210,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 "makes one, e.g. minillm.training.DataCollatorForPrefixLM."
             )
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache = with_room(DynamicCache(config=self.config))
         attention = build_attention_inputs(
             self.config,
             inputs_embeds,

@@ -22,6 +22,9 @@ from matrix_cases import (
 from reference import reference_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+import minillm.cache
+from minillm.cache import with_room
+
 CASES = dict(attention_cases(("causal", "prefix")))
 BACK_ENDS = ("eager", "sdpa")
 # Lengths of the pieces that go in. The first holds every prefix of the layouts below.
@@ -39,11 +42,17 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def room_from_the_second_token(monkeypatch):
+    monkeypatch.setattr(minillm.cache, "LEAST_GROWING", 0)
+
+
 def make_cache(kind, config):
     if kind == "static":
         return StaticCache(config=config, max_cache_len=LENGTH + 3)
-    # Without the config every layer keeps all keys; with it, layers of a windowed model drop what no query needs.
-    return DynamicCache(config=config) if kind == "dynamic_config" else DynamicCache()
+    # Without the config every layer keeps all keys; with it, those of a windowed model drop what no query needs,
+    # and the others have room to grow.
+    return with_room(DynamicCache(config=config)) if kind == "dynamic_config" else DynamicCache()
 
 
 def run_in_pieces(model, inputs, pieces, cache):

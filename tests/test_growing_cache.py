@@ -1,0 +1,248 @@
+"""A layer that grows into room holds, after any history, what transformers' layer holds; and it does not copy it."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from matrix_cases import loud_model, tiny_config
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
+
+import minillm.cache
+from minillm.cache import GrowingLayer, with_room
+
+
+@pytest.fixture(autouse=True)
+def room_from_the_second_token(monkeypatch):
+    monkeypatch.setattr(minillm.cache, "LEAST_GROWING", 0)
+    monkeypatch.setattr(minillm.cache, "LEAST_ROOM", 3)
+
+
+def states(tokens, rows=2, dtype=torch.float32):
+    return [torch.randn(rows, 3, tokens, 4, dtype=dtype) for _ in range(2)]
+
+
+def add(layers, tokens):
+    new = states(tokens, rows=layers[1].keys.shape[0])
+    for shown, expected in zip(*(layer.update(*new) for layer in layers), strict=True):
+        assert torch.equal(shown, expected)
+
+
+def crop(layers):
+    gone = random.randint(0, layers[1].get_seq_length() - 1)
+    for layer in layers:
+        layer.crop(-gone)
+
+
+def select(layers, choice):
+    rows = torch.tensor([random.randrange(layers[1].keys.shape[0]) for _ in range(random.randint(1, 3))])
+    for layer in layers:
+        getattr(layer, choice)(rows)
+
+
+def start_again(layers):
+    new = states(4, rows=layers[1].keys.shape[0])
+    for layer in layers:
+        layer.reset()
+        layer.update(*new)
+
+
+def diverge(layers, copied):
+    """Copies go on by themselves: neither writes what the other shows."""
+    own, stock = copied(layers[0]), copied(layers[1])
+    add((own, stock), 1)
+    add(layers, 2)
+    add((own, stock), 2)
+
+
+EVENTS = {
+    "one token": lambda layers: add(layers, 1),
+    "tokens": lambda layers: add(layers, random.randint(1, 9)),
+    "crop": crop,
+    "reorder": lambda layers: select(layers, "reorder_cache"),
+    "select": lambda layers: select(layers, "batch_select_indices"),
+    "repeat": lambda layers: [layer.batch_repeat_interleave(2) for layer in layers if layer.keys.shape[0] < 4],
+    "shallow copy": lambda layers: diverge(layers, copy.copy),
+    "deep copy": lambda layers: diverge(layers, copy.deepcopy),
+    "pickle": lambda layers: diverge(layers, lambda layer: pickle.loads(pickle.dumps(layer))),
+    "foreign keys": lambda layers: [setattr(layer, "keys", layer.keys.flip(0)) for layer in layers],
+    "start again": start_again,
+}
+MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_holds_what_the_layer_of_transformers_holds(seed):
+    print(f"seed {seed}")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    layers = [GrowingLayer(), DynamicLayer()]
+    first = states(5)
+    seen = []
+    with torch.no_grad():
+        for layer in layers:
+            layer.update(*first)
+    for _ in range(60):
+        # What was handed out stays as it was, whatever comes later.
+        seen.append((layers[0].keys, layers[0].keys.clone()))
+        event = random.choice([*EVENTS, "one token", "one token", "tokens"])
+        print(event)
+        with random.choice(MODES)():
+            EVENTS[event](layers)
+        own, stock = layers
+        assert own.get_seq_length() == stock.get_seq_length()
+        assert torch.equal(own.keys, stock.keys)
+        assert torch.equal(own.values, stock.values)
+    assert all(torch.equal(shown, before) for shown, before in seen if shown.numel())
+
+
+@torch.no_grad()
+def test_a_new_token_copies_itself_alone():
+    layer = GrowingLayer()
+    layer.update(*states(40))
+    places = set()
+    for _ in range(60):
+        layer.update(*states(1))
+        places.add((layer.keys.data_ptr(), layer.values.data_ptr()))
+        assert layer.room.keys.shape[-2] <= layer.get_seq_length() * 9 / 8 + 4
+    # One in eight: from 40 to 100 tokens in eight moves.
+    assert len(places) <= 9
+
+
+@torch.no_grad()
+def test_few_keys_are_joined(monkeypatch):
+    monkeypatch.setattr(minillm.cache, "LEAST_GROWING", 2 * 3 * 4 * 6)
+    layer = GrowingLayer()
+    layer.update(*states(4))
+    for length in (5, 6):
+        layer.update(*states(1))
+        assert layer.room is None, length
+    layer.update(*states(1))
+    assert layer.room is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "other", [{"dtype": torch.bfloat16}, {"rows": 3}, {"dtype": torch.float64}], ids=["bfloat16", "rows", "float64"]
+)
+def test_what_does_not_fit_goes_as_in_transformers(other):
+    layers = GrowingLayer(), DynamicLayer()
+    for new in (states(4), states(1), states(1, **other)):
+        outcomes = []
+        for layer in layers:
+            try:
+                outcomes.append([part.clone() for part in layer.update(*new)])
+            except RuntimeError as error:
+                outcomes.append(str(error))
+        own, stock = outcomes
+        if isinstance(stock, str):
+            assert own == stock
+        else:
+            assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(own, stock, strict=True))
+
+
+def test_gradients_pass_through_a_cache_that_later_grows():
+    model = loud_model(tiny_config())
+    ids = torch.randint(3, 19, (2, 9), generator=torch.Generator().manual_seed(1))
+    results = []
+    for layers in (with_room, lambda cache: cache):
+        cache = layers(DynamicCache(config=model.config))
+        with torch.no_grad():
+            model(ids[:, :4], past_key_values=cache)
+            model(ids[:, 4:5], past_key_values=cache)
+        model.zero_grad()
+        # Keys stay frozen, so that attention keeps for its backward pass the very tensors that the cache shows.
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.requires_grad_(False)
+        loss = model(ids[:, 5:7], past_key_values=cache).logits.square().sum()
+        with torch.no_grad():
+            model(ids[:, 7:8], past_key_values=cache)
+            model(ids[:, 8:], past_key_values=cache)
+        loss.backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
+
+
+def layers_used(monkeypatch):
+    """The layers that grow from now on, by identity."""
+    used = {}
+    update = GrowingLayer.update
+    monkeypatch.setattr(
+        GrowingLayer,
+        "update",
+        lambda layer, *args, **kwargs: used.setdefault(id(layer), layer) and update(layer, *args, **kwargs),
+    )
+    return used
+
+
+WAYS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 5},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "dynamic": {"cache_implementation": "dynamic"},
+}
+VARIANTS = {
+    "causal": {},
+    "prefix": {"attention_type": "prefix"},
+    "alibi": {"position_embedding_type": "alibi"},
+    "gqa": {"num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generates_the_same_text(variant, way, back_end, monkeypatch):
+    model = loud_model(tiny_config(max_position_embeddings=64, **VARIANTS[variant]))
+    model.set_attn_implementation(back_end)
+    rows = 1 if "prompt_lookup_num_tokens" in WAYS[way] else 2
+    ids = torch.randint(3, 19, (rows, 7), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": [1, 2], **WAYS[way]}
+    used = layers_used(monkeypatch)
+    torch.manual_seed(0)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert len(used) == 2
+    assert all(layer.room is not None for layer in used.values())
+    monkeypatch.setattr(minillm.cache, "LEAST_GROWING", 2**62)
+    torch.manual_seed(0)
+    assert torch.equal(found, model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+
+
+def test_which_caches_get_room(monkeypatch):
+    windowed = loud_model(tiny_config(sliding_window=4))
+    model = loud_model(tiny_config())
+    ids = torch.full((1, 3), 5)
+    kinds = {type(layer) for layer in model(ids, use_cache=True).past_key_values.layers}
+    assert kinds == {GrowingLayer}
+    assert GrowingLayer not in {type(layer) for layer in windowed(ids, use_cache=True).past_key_values.layers}
+    used = layers_used(monkeypatch)
+    own = DynamicCache(config=model.config)
+    for options in (
+        {"past_key_values": own},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ):
+        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, **options)
+    assert not used
+    assert {type(layer) for layer in own.layers} == {DynamicLayer}
+    offloaded = DynamicCache(config=model.config)
+    offloaded.offloading = True
+    assert {type(layer) for layer in with_room(offloaded).layers} == {DynamicLayer}
+
+
+@torch.no_grad()
+def test_a_cache_with_room_serves_another_model_and_a_compiled_one():
+    model = loud_model(tiny_config())
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in names})).eval()
+    llama.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    ids = torch.randint(3, 19, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = model(ids, use_cache=False).logits
+    cache = with_room(DynamicCache(config=model.config))
+    for each, start, end in ((model, 0, 4), (model, 4, 5), (compiled, 5, 6), (model, 6, 8), (llama, 8, 9)):
+        torch.testing.assert_close(each(ids[:, start:end], past_key_values=cache).logits, expected[:, start:end])
