@@ -5,7 +5,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks.models import Contender, Shape, build, extra_inputs
 from benchmarks.timing import Stopwatch
@@ -39,18 +39,20 @@ def training_step(
     return run
 
 
-class StartAfterPrompt(LogitsProcessor):
-    """Starts a stopwatch anew when the logits of the prompt are there."""
+def start_after_prompt(model: PreTrainedModel, stopwatch: Stopwatch) -> None:
+    """Has `generate()` start a stopwatch anew when the logits of the prompt are there.
 
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self.stopwatch = stopwatch
-        self.started = False
+    A logits processor could do so too, but one that is not transformers' own is called after each single step, and
+    MiniLLM may not run ahead of it.
+    """
+    prefill = model._prefill
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self.started:
-            self.stopwatch.start()
-            self.started = True
-        return scores
+    def run(*args: Any, **kwargs: Any) -> Any:
+        outputs = prefill(*args, **kwargs)
+        stopwatch.start()
+        return outputs
+
+    model._prefill = run
 
 
 def decoding(
@@ -65,11 +67,12 @@ def decoding(
     if cache is not None:
         options["cache_implementation"] = cache
 
+    start_after_prompt(model, stopwatch)
+
     def run() -> None:
         model.eval()
         prompt = next(prompts)
-        processors = LogitsProcessorList([StartAfterPrompt(stopwatch)])
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=processors, **options)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
     return run
 

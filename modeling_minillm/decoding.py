@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.logits_process import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -105,6 +105,34 @@ class StepInputs:
         return inputs
 
 
+def leaves_no_trace(
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    cache: Any,
+    streamer: BaseStreamer | None,
+) -> bool:
+    """Whether steps beyond the end of all texts would show nowhere: in no cache that goes on, in no stream, and to no
+    processor or criterion of somebody's own, which may count its calls or refuse a text that has ended."""
+    called = [*logits_processor, *stopping_criteria]
+    own = any(not type(each).__module__.startswith("transformers.") for each in called)
+    own = own or any(isinstance(each, PrefixConstrainedLogitsProcessor) for each in called)
+    kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    return not (own or kept or streamer is not None)
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """The state of a device's default generator."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
 def choose(scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
     """The next token [batch] by scores [batch, vocabulary]: the best one, or one drawn from their softmax."""
     return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1) if do_sample else scores.argmax(-1)
@@ -139,10 +167,10 @@ def sample(
     has_end = pad is not None and any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     ids = torch.nn.functional.pad(input_ids, (0, limit - start))
     steps = StepInputs(model, cache, model_kwargs, limit)
-    # What is asked late must leave no trace: a cache that goes on, a stream, or random numbers.
-    leaves_trace = generation_config.return_dict_in_generate or generation_config.do_sample or streamer is not None
-    leaves_trace = leaves_trace or getattr(cache, "_is_user_defined", False)
-    every = 1 if leaves_trace else STEPS_PER_READ.get(ids.device.type, 16)
+    every = 1
+    if leaves_no_trace(logits_processor, stopping_criteria, generation_config, cache, streamer):
+        every = STEPS_PER_READ.get(ids.device.type, 16)
+    random_states: dict[int, torch.Tensor] = {}
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     running = torch.ones(limit + 1, dtype=torch.bool, device=ids.device)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -155,12 +183,18 @@ def sample(
                 tokens = tokens * unfinished + pad.to(ids.device) * (1 - unfinished)
             ids[:, length] = tokens
             length += 1
+            if every > 1 and generation_config.do_sample:
+                random_states[length] = random_state(ids.device)
             unfinished = unfinished & ~stopping_criteria(ids[:, :length], None)
             if streamer is not None:
                 streamer.put(tokens.cpu())
             running[length] = unfinished.any()
-            if length == limit or ((length - start) % every == 0 and not bool(running[length])):
+            if length == limit:
                 break
+            if (length - start) % every == 0:
+                if not bool(running[length]):
+                    break
+                random_states.clear()
             outputs = forward(
                 input_ids=tokens[:, None],
                 **{CACHE_NAME: cache},
@@ -173,7 +207,11 @@ def sample(
         streamer.end()
     # Steps beyond the one at which all texts had ended were taken before that was known.
     ended = (~running[start + 1 : length + 1]).nonzero()
-    sequences = ids[:, : start + 1 + int(ended[0])] if len(ended) else ids[:, :length]
+    if len(ended):
+        length = start + 1 + int(ended[0])
+        if length in random_states:
+            set_random_state(ids.device, random_states[length])
+    sequences = ids[:, :length]
     if not generation_config.return_dict_in_generate:
         return sequences.clone()
     return GenerateDecoderOnlyOutput(sequences=sequences.clone(), **{CACHE_NAME: cache})

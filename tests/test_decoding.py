@@ -5,7 +5,7 @@ import pytest
 import torch
 from matrix_cases import loud_model, tiny_config
 from transformers import CompileConfig, DynamicCache, TextStreamer
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from minillm import MiniLLMForCausalLM, decoding
 
@@ -89,22 +89,27 @@ def test_equals_the_loop_of_transformers(variant, way, padded, both_loops):
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, 100])
+@pytest.mark.parametrize("way", ["greedy", "sampled"])
 @pytest.mark.parametrize("variant", ["causal", "prefix alibi"])
-def test_asking_late_whether_texts_have_ended_changes_nothing(variant, every, monkeypatch):
+def test_asking_late_whether_texts_have_ended_changes_nothing(variant, way, every, monkeypatch):
     model = loud_model(tiny_config(max_position_embeddings=64, **VARIANTS[variant]))
-    inputs = prompts(variant, True)
-    texts = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=-1)[:, 7:]
+    inputs = {**prompts(variant, True), "do_sample": False, "pad_token_id": 0, **WAYS[way]}
+    torch.manual_seed(1)
+    texts = model.generate(**inputs, max_new_tokens=12, eos_token_id=-1)[:, 7:]
     ends = {int(texts[0, 2]), int(texts[1, 5])}
     monkeypatch.setitem(decoding.STEPS_PER_READ, "cpu", every)
-    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(ends)}
+    options = {"max_new_tokens": 30, "eos_token_id": sorted(ends)}
     steps = []
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: steps.append(1) or forward(*args, **kwargs))
-    found = model.generate(**inputs, **options)
+    torch.manual_seed(1)
+    found, after = model.generate(**inputs, **options), torch.rand(1)
     taken = len(steps)
     monkeypatch.setattr(decoding, "why_stock_loop", lambda *args: "the test wants it")
-    expected = model.generate(**inputs, **options)
+    torch.manual_seed(1)
+    expected, after_stock = model.generate(**inputs, **options), torch.rand(1)
     assert torch.equal(found, expected)
+    assert torch.equal(after, after_stock)
     generated = expected.shape[1] - 7
     assert 1 < generated < 12
     assert taken == min(-(-generated // every) * every, 30)
@@ -148,6 +153,46 @@ def test_own_stopping_criteria(both_loops):
     )
     assert torch.equal(found, expected)
     assert found.shape[1] == 11
+
+
+class Counts(LogitsProcessor):
+    def __init__(self):
+        self.lengths = []
+
+    def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.shape[1])
+        return scores
+
+
+@pytest.mark.parametrize("asked_by", ["processor", "criterion", "prefix_allowed_tokens_fn"])
+def test_nobody_is_asked_about_a_text_that_has_ended(asked_by, both_loops, monkeypatch):
+    monkeypatch.setitem(decoding.STEPS_PER_READ, "cpu", 16)
+    model = loud_model(tiny_config(max_position_embeddings=64))
+    # Whatever comes after three tokens ends a text.
+    options = {"max_new_tokens": 20, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    options["eos_token_id"] = list(range(3, 19))
+    going_on = torch.zeros(2, dtype=torch.bool)
+
+    def call():
+        counts = Counts()
+
+        class Criterion(StoppingCriteria):
+            def __call__(self, input_ids, scores, **kwargs):
+                return counts(input_ids, going_on)
+
+        extra = {
+            "processor": {"logits_processor": LogitsProcessorList([counts])},
+            "criterion": {"stopping_criteria": StoppingCriteriaList([Criterion()])},
+            "prefix_allowed_tokens_fn": {
+                "prefix_allowed_tokens_fn": lambda row, ids: counts(ids[None], list(range(19))),
+            },
+        }[asked_by]
+        return counts.lengths, model.generate(**prompts("causal", False), **options, **extra)
+
+    (lengths, found), (stock_lengths, expected) = both_loops(call)
+    assert torch.equal(found, expected)
+    assert lengths == stock_lengths
+    assert found.shape[1] < 27
 
 
 class Recorder(TextStreamer):
