@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.models import Contender, build, rotating_ids
 from benchmarks.speed import PLANS
-from benchmarks.steps import training_step
+from benchmarks.steps import batches_of, training_step
 from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, summarise
 from minillm.training import (
     DataCollatorForCausalLM,
@@ -99,7 +99,7 @@ def measure_against_training(options: Options) -> dict[str, Any]:
         runs[kind] = lambda collator=collator, packed=packed: one_round(collator, packed, 16)
         of_run[kind] = tokens
     ids = rotating_ids(plan.shape, rows, length, options.device)
-    runs["training step"] = training_step(build(Contender(name), plan.shape, options.device), name, ids)
+    runs["training step"] = training_step(build(Contender(name), plan.shape, options.device), batches_of(name, ids))
     times = interleave(runs, Stopwatch(options.device, options.clock), options)
     what = f"batches of rows of {length} tokens"
     result: dict[str, Any] = {"settings": plan.shape._asdict(), "rows": [], "comparisons": [], "not_measured": []}

@@ -109,12 +109,14 @@ def config_of(model: str, shape: Shape) -> PreTrainedConfig:
     raise ValueError(f"no model is called {model!r}")
 
 
-def build(contender: Contender, shape: Shape, device: str) -> PreTrainedModel:
-    """The model with random weights, on its device, in bfloat16 on CUDA and in float32 on CPU."""
+def build(contender: Contender, shape: Shape, device: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model with random weights, on its device; without a `dtype` in bfloat16 on CUDA and in float32 on CPU."""
     torch.manual_seed(0)
     chosen = {} if contender.attention is None else {"attn_implementation": contender.attention}
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config_of(contender.model, shape), dtype=DTYPES[device], **chosen)
+        model = AutoModelForCausalLM.from_config(
+            config_of(contender.model, shape), dtype=dtype or DTYPES[device], **chosen
+        )
     if contender.compiled:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):

@@ -58,19 +58,21 @@ def draw_comparisons(path: Path, comparisons: list[Result]) -> None:
 
 
 def draw_memory(path: Path, rows: list[Result]) -> None:
-    """Bars of what a training step takes."""
-    rows = [row for row in rows if row["unit"] == "B"][::-1]
-    figure, axes = new_figure(1, 1, size=(6, 2.4))
-    panel = axes[0][0]
-    bars = panel.barh(
-        [row["contender"] for row in rows],
-        [row["median"] / 1e9 for row in rows],
-        color=[colour_of(row["contender"]) for row in rows],
-    )
-    panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    panel.margins(x=0.12)
-    panel.set_xlabel("memory of a training step (GB)", fontsize=8)
-    panel.set_title(rows[0]["what"].rpartition(":")[0], fontsize=9)
+    """A panel for each batch: bars of what a training step takes."""
+    rows = [row for row in rows if row["unit"] == "B"]
+    whats = list(dict.fromkeys(row["what"] for row in rows))
+    figure, axes = new_figure(len(whats), 1, size=(6, 2.4 * len(whats)))
+    for panel, what in zip(axes[:, 0], whats, strict=True):
+        shown = [row for row in rows if row["what"] == what][::-1]
+        bars = panel.barh(
+            [row["contender"] for row in shown],
+            [row["median"] / 1e9 for row in shown],
+            color=[colour_of(row["contender"]) for row in shown],
+        )
+        panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        panel.margins(x=0.12)
+        panel.set_xlabel("memory of a training step (GB)", fontsize=8)
+        panel.set_title(what.rpartition(":")[0], fontsize=9)
     figure.savefig(path)
 
 

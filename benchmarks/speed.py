@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.models import Contender, Shape, build, rotating_ids
-from benchmarks.steps import attention_layer, decoding, training_step
+from benchmarks.steps import attention_layer, batches_of, copying, decoding, training_step
 from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, summarise
 
 CAUSAL, PREFIX, ALIBI, MOE = (f"MiniLLM {kind}" for kind in ("causal", "prefix", "alibi", "moe"))
@@ -33,41 +34,82 @@ SPARSE = Group((Contender("Mixtral"), Contender(MOE)), (Comparison(MOE, "Mixtral
 
 ATTENTION = DENSE._replace(comparisons=tuple(comparison._replace(at_least=None) for comparison in DENSE.comparisons))
 
+COPY = Contender("a copy of the weights")
+"""What the device's memory allows: reads and writes of as many bytes as a token has weights read."""
+
+PROMPTS = DENSE._replace(
+    comparisons=tuple(
+        comparison._replace(at_least=None if comparison.baseline == "Bloom" else comparison.at_least)
+        for comparison in DENSE.comparisons
+    )
+)
+DECODING = DENSE._replace(
+    contenders=(*DENSE.contenders, COPY), comparisons=(*DENSE.comparisons, Comparison(CAUSAL, COPY.name))
+)
+
 LLAMAS = (Contender("Llama", "sdpa"), Contender("Llama", "flex_attention", compiled=True))
 CAUSALS = (Contender(CAUSAL, "sdpa"), Contender(CAUSAL, "flex_attention", compiled=True))
 FLEX = tuple(Contender(name, "flex_attention", compiled=True) for name in (CAUSAL, PREFIX, ALIBI))
-BLOOM = Contender("Bloom", compiled=True)
-
-TRAINING_ON_CUDA = (
-    Group(
-        (*LLAMAS, *CAUSALS),
-        (Comparison(tuple(own.name for own in CAUSALS), tuple(llama.name for llama in LLAMAS), at_least=1.0),),
-    ),
-    Group(
-        (*FLEX, BLOOM),
-        (*(Comparison(own.name, FLEX[0].name) for own in FLEX[1:]), Comparison(FLEX[2].name, BLOOM.name)),
-    ),
-    SPARSE,
-)
-DECODING_ON_CUDA = (
-    Group(
-        tuple(Contender(name, "sdpa") for name in ("Llama", CAUSAL, PREFIX, ALIBI)),
-        tuple(Comparison(f"{own}, sdpa", "Llama, sdpa", at_least=1.0) for own in (CAUSAL, PREFIX, ALIBI)),
-    ),
-)
 FOLDED = Contender(ALIBI, "sdpa")
 """In 16 bits its bias is folded into queries and keys."""
-ATTENTION_ON_CUDA = (
+ALIBIS = (FLEX[2], FOLDED._replace(compiled=True))
+BLOOM = Contender("Bloom", compiled=True)
+
+
+def names_of(contenders: tuple[Contender, ...]) -> tuple[str, ...]:
+    return tuple(contender.name for contender in contenders)
+
+
+TRAINING_ON_CUDA = (
+    Group((*LLAMAS, *CAUSALS), (Comparison(names_of(CAUSALS), names_of(LLAMAS), at_least=1.1),)),
     Group(
-        (LLAMAS[0], CAUSALS[0], *(own._replace(compiled=False) for own in FLEX), FOLDED, Contender("Bloom")),
+        (*FLEX[:2], *ALIBIS),
         (
-            Comparison(CAUSALS[0].name, LLAMAS[0].name),
-            *(Comparison(f"{own}, flex", CAUSALS[0].name) for own in (PREFIX, ALIBI)),
-            *(Comparison(FOLDED.name, rival) for rival in (CAUSALS[0].name, f"{ALIBI}, flex", "Bloom")),
-            Comparison(f"{ALIBI}, flex", "Bloom"),
+            Comparison(FLEX[1].name, FLEX[0].name, at_least=0.95),
+            Comparison(names_of(ALIBIS), FLEX[0].name, at_least=0.95),
         ),
     ),
+    Group((FLEX[2], BLOOM), (Comparison(FLEX[2].name, BLOOM.name, at_least=1.5),)),
+    SPARSE,
 )
+
+
+def decoding_on_cuda(ratio: float, of_copy: float | None, own: tuple[str, ...] = (CAUSAL, PREFIX, ALIBI)) -> Group:
+    """Static caches, for which transformers compiles the step.
+
+    Args:
+        ratio: how many times as fast as Llama MiniLLM is to be.
+        of_copy: the part of the speed of copying the weights that it is to reach.
+    """
+    contenders = tuple(Contender(name, "sdpa") for name in ("Llama", *own))
+    comparisons = tuple(Comparison(f"{name}, sdpa", "Llama, sdpa", at_least=ratio) for name in own)
+    if of_copy is None:
+        return Group(contenders, comparisons)
+    limits = tuple(Comparison(f"{name}, sdpa", COPY.name, at_least=of_copy) for name in own)
+    return Group((*contenders, COPY), (*comparisons, *limits))
+
+
+def attention_on_cuda(least: float) -> tuple[Group, ...]:
+    """SDPA's causal kernel against flex attention, and against ALiBi folded into it.
+
+    Args:
+        least: the part of the speed of SDPA's causal kernel that prefixes and ALiBi are to reach.
+    """
+    flex = tuple(contender._replace(compiled=False) for contender in FLEX)
+    plain = CAUSALS[0].name
+    return (
+        Group(
+            (LLAMAS[0], CAUSALS[0], *flex, FOLDED, Contender("Bloom")),
+            (
+                Comparison(plain, LLAMAS[0].name),
+                Comparison(flex[0].name, plain),
+                Comparison(flex[1].name, plain, at_least=least),
+                Comparison((flex[2].name, FOLDED.name), plain, at_least=least),
+                *(Comparison(own.name, flex[0].name) for own in flex[1:]),
+                *(Comparison(own, rival) for own in (flex[2].name, FOLDED.name) for rival in (plain, "Bloom")),
+            ),
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,39 +118,63 @@ class Plan:
 
     Args:
         tokens: tokens of a training step; rows of `lengths` tokens each.
-        decoding_batches: rows that are decoded at once; each ends at a length of `lengths`, with `new` new tokens.
+        new: tokens that are decoded, up to a length of `lengths`.
         cache: transformers' `cache_implementation` in decoding; None: a cache that grows.
+        decoding: by the number of rows that are decoded at once.
+        prompts: how long one row has to wait for its first token.
+        attention: by the number of heads.
     """
 
     shape: Shape
     lengths: tuple[int, ...]
     tokens: int
-    decoding_batches: tuple[int, ...]
     new: int
     cache: str | None
     training: tuple[Group, ...]
-    decoding: tuple[Group, ...]
-    attention: tuple[Group, ...]
+    decoding: dict[int, tuple[Group, ...]]
+    prompts: tuple[Group, ...]
+    attention: dict[int, tuple[Group, ...]]
 
 
 PRESET = Shape(16384, 256, 8, 8, 1024)
 """That of the presets `minillm-causal-10m`, `minillm-prefix-10m` and `minillm-alibi-10m`."""
 
 BOTH = (DENSE, SPARSE)
+DECODINGS = (DECODING, SPARSE)
 PLANS = {
-    "cpu": Plan(PRESET, (256, 1024), 1024, (1, 8), 64, None, BOTH, BOTH, (ATTENTION,)),
+    "cpu": Plan(
+        PRESET,
+        (256, 1024),
+        tokens=1024,
+        new=64,
+        cache=None,
+        training=BOTH,
+        decoding={1: DECODINGS, 8: DECODINGS},
+        prompts=(PROMPTS,),
+        attention={8: (ATTENTION,)},
+    ),
     "cuda": Plan(
         Shape(32000, 2048, 16, 16, 8192, tie_word_embeddings=False),
         (2048, 8192),
-        16384,
-        (1, 16),
-        128,
-        "static",
-        TRAINING_ON_CUDA,
-        DECODING_ON_CUDA,
-        ATTENTION_ON_CUDA,
+        tokens=16384,
+        new=128,
+        cache="static",
+        training=TRAINING_ON_CUDA,
+        decoding={1: (decoding_on_cuda(3.0, 0.6),), 16: (decoding_on_cuda(2.0, None),)},
+        prompts=(decoding_on_cuda(1.0, None),),
+        attention={16: attention_on_cuda(1 / 1.45), 32: attention_on_cuda(1 / 1.25)},
     ),
-    "tiny": Plan(Shape(128, 32, 2, 2, 32), (32,), 64, (2,), 4, None, BOTH, BOTH, (ATTENTION,)),
+    "tiny": Plan(
+        Shape(128, 32, 2, 2, 32),
+        (32,),
+        tokens=64,
+        new=4,
+        cache=None,
+        training=BOTH,
+        decoding={2: DECODINGS},
+        prompts=(PROMPTS,),
+        attention={2: (ATTENTION,)},
+    ),
 }
 
 Runs = dict[str, Callable[[], object]]
@@ -133,28 +199,38 @@ def cases(plan: Plan, device: str, stopwatch: Stopwatch) -> Iterator[Case]:
         rows = plan.tokens // length
 
         def train(contender: Contender, rows: int = rows, length: int = length) -> Callable[[], object]:
-            ids = rotating_ids(plan.shape, rows, length, device)
-            return training_step(build(contender, plan.shape, device), contender.model, ids)
-
-        def attend(contender: Contender, rows: int = rows, length: int = length) -> Callable[[], object]:
-            return attention_layer(contender, plan.shape, rotating_ids(plan.shape, rows, length, device), device)
+            batches = batches_of(contender.model, rotating_ids(plan.shape, rows, length, device))
+            return training_step(build(contender, plan.shape, device), batches)
 
         for group in plan.training:
             what = f"training step, {rows} x {length} tokens"
             yield Case(what, group, ready(group, train), plan.tokens)
-        for group in plan.attention:
-            what = f"attention layer, {rows} x {length} tokens"
-            yield Case(what, group, ready(group, attend), plan.tokens)
-        for batch in plan.decoding_batches:
+        for heads, groups in plan.attention.items():
+            shape = plan.shape._replace(num_attention_heads=heads)
 
-            def decode(contender: Contender, batch: int = batch, length: int = length) -> Callable[[], object]:
-                prompts = rotating_ids(plan.shape, batch, length - plan.new, device)
-                model = build(contender, plan.shape, device)
-                return decoding(model, prompts, plan.new, plan.cache, stopwatch)
+            def attend(
+                contender: Contender, rows: int = rows, length: int = length, shape: Shape = shape
+            ) -> Callable[[], object]:
+                return attention_layer(contender, shape, rotating_ids(shape, rows, length, device), device)
 
-            for group in plan.decoding:
+            for group in groups:
+                what = f"attention layer, {rows} x {length} tokens, heads of {shape.hidden_size // heads}"
+                yield Case(what, group, ready(group, attend), plan.tokens)
+
+        def decode(contender: Contender, batch: int, new: int, length: int = length) -> Callable[[], object]:
+            if contender == COPY:
+                return copying(Contender(CAUSAL), plan.shape, device, new - 1)
+            prompts = rotating_ids(plan.shape, batch, length - new, device)
+            return decoding(build(contender, plan.shape, device), prompts, new, plan.cache, stopwatch)
+
+        for group in plan.prompts:
+            what = f"first token, after {length - 1} tokens"
+            yield Case(what, group, ready(group, partial(decode, batch=1, new=1)), length - 1)
+        for batch, groups in plan.decoding.items():
+            for group in groups:
                 what = f"decoding, batch {batch}, up to {length} tokens"
-                yield Case(what, group, ready(group, decode), batch * (plan.new - 1))
+                run = partial(decode, batch=batch, new=plan.new)
+                yield Case(what, group, ready(group, run), batch * (plan.new - 1))
 
 
 def measure(options: Options, plan: Plan | None = None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.models import Contender, Shape, build, extra_inputs
+from benchmarks.models import DTYPES, Contender, Shape, build, extra_inputs
 from benchmarks.timing import Stopwatch
 
 ATTENTION_NAMES = ("self_attn", "self_attention", "attn")
@@ -18,21 +18,25 @@ def adamw(model: PreTrainedModel) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
+def batches_of(name: str, ids: Iterator[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """What the model of a name trains with: ids [batch, length], which are also the labels, and what it needs beside
+    them."""
+    return ({"input_ids": batch, "labels": batch, **extra_inputs(name, batch)} for batch in ids)
+
+
 def training_step(
-    model: PreTrainedModel, name: str, ids: Iterator[torch.Tensor], optimizer: torch.optim.Optimizer | None = None
+    model: PreTrainedModel, batches: Iterator[dict[str, Any]], optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], None]:
     """Forward, backward and an update.
 
     Args:
-        name: of the model, which decides what goes in beside `ids`.
         optimizer: a new AdamW if left out.
     """
     optimizer = adamw(model) if optimizer is None else optimizer
 
     def run() -> None:
         model.train()
-        batch = next(ids)
-        model(input_ids=batch, labels=batch, use_cache=False, **extra_inputs(name, batch)).loss.backward()
+        model(**next(batches), use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -58,7 +62,7 @@ def start_after_prompt(model: PreTrainedModel, stopwatch: Stopwatch) -> None:
 def decoding(
     model: PreTrainedModel, prompts: Iterator[torch.Tensor], new: int, cache: str | None, stopwatch: Stopwatch
 ) -> Callable[[], None]:
-    """Greedy `generate()` of `new` tokens, of which all but the first are timed: the prompt is not.
+    """Greedy `generate()` of `new` tokens. All but the first are timed; with a single one, that and the prompt.
 
     Args:
         cache: transformers' `cache_implementation`; on CUDA a static one has the step compiled.
@@ -66,13 +70,27 @@ def decoding(
     options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     if cache is not None:
         options["cache_implementation"] = cache
-
-    start_after_prompt(model, stopwatch)
+    if new > 1:
+        start_after_prompt(model, stopwatch)
 
     def run() -> None:
         model.eval()
         prompt = next(prompts)
         model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+    return run
+
+
+def copying(contender: Contender, shape: Shape, device: str, times: int) -> Callable[[], None]:
+    """Copies that read and write together as many bytes as the weights which a contender reads for a token have."""
+    model = build(contender, shape, "meta", DTYPES[device])
+    unread = 0 if shape.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    count = (sum(weight.numel() for weight in model.parameters()) - unread) // 2
+    source, target = torch.ones(2, count, dtype=DTYPES[device], device=device).unbind()
+
+    def run() -> None:
+        for _ in range(times):
+            target.copy_(source)
 
     return run
 

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from benchmarks.models import Contender, Shape, build, rotating_ids
-from benchmarks.steps import adamw, training_step
+from benchmarks.steps import adamw, batches_of, training_step
 from benchmarks.timing import Options, Stopwatch, interleave
 
 TOY = Shape(64, 16, 1, 2, 16)
@@ -63,11 +63,12 @@ def run_case(case: TrainingCase, device: str, clock: str) -> dict[str, Any] | No
     try:
         model = build(case.contender, case.shape, device)
         optimizer = adamw(model)
+        name = case.contender.model
         # A short step makes the optimiser's state.
-        training_step(model, case.contender.model, rotating_ids(case.shape, 1, 8, device), optimizer)()
+        training_step(model, batches_of(name, rotating_ids(case.shape, 1, 8, device)), optimizer)()
         before = current_memory(device)
         ids = rotating_ids(case.shape, case.rows, case.length, device)
-        runs = {"step": training_step(model, case.contender.model, ids, optimizer)}
+        runs = {"step": training_step(model, batches_of(name, ids), optimizer)}
         seconds = interleave(runs, stopwatch, Options(case.steps), warmup=min(case.steps - 1, 1))["step"]
     except torch.OutOfMemoryError:
         return None

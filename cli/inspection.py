@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from transformers import AutoConfig
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.cache import LEAST_GROWING
 from minillm.capabilities import DIRECTIONS, KINDS, features_of, refusal
 from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
@@ -97,11 +98,16 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
         "(off: minillm.masks.FOLDING_DEVICES = ())"
     )
     generates = config.attention_type != "bidirectional"
+    grows = (
+        f"with room for tokens to come, from {-(-LEAST_GROWING // (config.num_key_value_heads * config.head_dim)):,} "
+        "tokens a batch on, if generate() or forward makes it (off: minillm.cache.LEAST_GROWING = 2**62)"
+    )
     return {
         "loss": loss[config.skip_logits],
         **({} if config.skip_logits is False else {"loss on cuda": on_cuda}),
         "attention in training": attention if hides else "whole",
         **({"attention on cuda": folded} if is_foldable(config) else {}),
+        **({"cache": grows} if generates and config.sliding_window is None else {}),
         "decoding": "own loop where nothing needs that of transformers (off: use_cache=False)"
         if generates
         else "none",

@@ -5,28 +5,32 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import growth, memory, models, speed, startup
+from benchmarks import growth, memory, models, packing, speed, startup
 from benchmarks.__main__ import KINDS, parse
 from benchmarks.models import VARIANTS, Contender, Shape, build, config_of
 from benchmarks.pictures import draw
 from benchmarks.report import MARKED, amount, fill_page, markdown
-from benchmarks.steps import attention_layer, decoding
+from benchmarks.steps import attention_layer, copying, decoding
 from benchmarks.timing import Comparison, Options, Stopwatch, bootstrap_interval, compare, interleave, summarise
+from benchmarks.training_worker import run_case
 from minillm import MiniLLMConfig
 
 ROOT = Path(__file__).parent.parent
 SMALL = Shape(64, 32, 2, 4, 16)
 PICTURES = {
-    "speed": ["speed-attention-layer.png", "speed-decoding.png", "speed-training-step.png"],
+    "speed": ["speed-attention-layer.png", "speed-decoding.png", "speed-first-token.png", "speed-training-step.png"],
     "memory": ["memory.png"],
     "growth": ["growth-length.png"],
+    "packing": ["packing.png"],
     "startup": ["startup.png"],
     "tokenizer": ["tokenizer.png"],
     "collators": ["collators.png"],
@@ -219,21 +223,98 @@ def test_the_plans_for_cuda_run_on_cpu(monkeypatch):
     monkeypatch.setattr(models, "COMPILE_BACKEND", "eager")
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_config", with_sdpa)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_and_tell)
-    groups = speed.TRAINING_ON_CUDA, speed.DECODING_ON_CUDA, speed.ATTENTION_ON_CUDA
-    plan = speed.Plan(SMALL, (16,), 32, (2,), 3, "static", *groups)
-    result = speed.measure(Options(steps=1), plan)
+    plan = speed.PLANS["cuda"]
+    heads = {heads // 8: groups for heads, groups in plan.attention.items()}
+    small = replace(plan, shape=SMALL, lengths=(16,), tokens=32, new=3, attention=heads)
+    result = speed.measure(Options(steps=1), small)
     assert result["not_measured"] == []
-    assert len(result["comparisons"]) == sum(len(group.comparisons) for kind in groups for group in kind)
-    # Two blocks of each of six contenders.
-    assert compiled == [{"backend": "eager", "dynamic": False}] * 12
+    kinds = (plan.training, plan.prompts, *plan.decoding.values(), *plan.attention.values())
+    assert len(result["comparisons"]) == sum(len(group.comparisons) for kind in kinds for group in kind)
+    # Two blocks of each of eight contenders.
+    assert compiled == [{"backend": "eager", "dynamic": False}] * 16
+
+    def in_this_process(cases, *options):
+        return [{"start": 0, **run_case(cases[0], *options)}]
+
+    monkeypatch.setattr(memory, "run_cases", in_this_process)
+    for kind, sizes in (
+        (memory, [case._replace(shape=SMALL, rows=2, length=16) for case in memory.PLANS["cuda"]]),
+        (packing, packing.PLANS["cuda"]._replace(shape=SMALL, tokens=32)),
+    ):
+        monkeypatch.setattr(kind, "PLANS", {"cpu": sizes})
+        # Attention is chosen, and compiled, in this process.
+        monkeypatch.setattr(
+            memory, "run_cases", lambda cases, *options: [{"start": 0, **run_case(cases[0], *options)}]
+        )
+        result = kind.measure(Options(steps=1))
+        assert result["not_measured"] == []
+        assert result["rows"] and result["comparisons"]
 
 
 def test_on_cuda_the_same_kinds_have_larger_shapes():
-    for plans in (speed.PLANS, memory.PLANS, growth.PLANS):
+    for plans in (speed.PLANS, memory.PLANS, growth.PLANS, packing.PLANS):
         assert set(plans) == {"cpu", "cuda", "tiny"}
     shape = speed.PLANS["cuda"].shape
     assert shape[:4] == (32000, 2048, 16, 16)
-    assert speed.PLANS["cuda"].lengths == (2048, 8192) and speed.PLANS["cuda"].decoding_batches == (1, 16)
+    assert speed.PLANS["cuda"].lengths == (2048, 8192) and list(speed.PLANS["cuda"].decoding) == [1, 16]
+    meta = build(Contender("Llama"), shape, "meta", torch.bfloat16)
+    assert 0.94e9 < meta.num_parameters() < 0.96e9
+    assert build(Contender("Llama"), memory.BILLION, "meta", torch.bfloat16).num_parameters() == meta.num_parameters()
+
+
+def test_packed_and_padded_are_the_same_documents():
+    plan = packing.PLANS["tiny"]
+    lengths = packing.document_lengths(plan)
+    assert len(lengths) > 2 and 0 < sum(lengths) <= plan.tokens and max(lengths) <= plan.shape.length
+    for name in ("MiniLLM causal", "MiniLLM prefix", "Llama"):
+        packed, padded = (packing.collate(plan, name, way, lengths, 3) for way in packing.WAYS)
+        assert padded["input_ids"].shape == (len(lengths), max(lengths))
+        assert packed["input_ids"].shape[0] < len(lengths)
+        # Ids at padding are 0, those of documents are not.
+        same = [sorted(batch["input_ids"][batch["input_ids"] > 0].tolist()) for batch in (packed, padded)]
+        assert same[0] == same[1] and len(same[0]) == sum(lengths)
+        scored = [int((batch["labels"] != -100).sum()) for batch in (packed, padded)]
+        assert scored[0] == scored[1] > 0
+        assert (
+            set(packed)
+            == {
+                "MiniLLM causal": {"input_ids", "attention_mask", "labels", "document_ids", "position_ids"},
+                "MiniLLM prefix": {
+                    "input_ids",
+                    "attention_mask",
+                    "labels",
+                    "document_ids",
+                    "position_ids",
+                    "prefix_mask",
+                },
+                "Llama": {"input_ids", "labels", "position_ids"},
+            }[name]
+        )
+
+
+@torch.no_grad()
+def test_the_rival_reads_packed_documents_apart():
+    """Llama's packed logits are those of its padded documents: it is a rival that does the same work."""
+    plan = packing.PLANS["tiny"]
+    lengths = packing.document_lengths(plan)
+    model = build(Contender("Llama"), plan.shape, "cpu").eval()
+    losses = []
+    for way in packing.WAYS:
+        losses.append(model(**packing.collate(plan, "Llama", way, lengths, 3), use_cache=False).loss)
+    torch.testing.assert_close(*losses)
+
+
+def test_copies_are_of_what_a_token_has_read():
+    for tied in (True, False):
+        shape = SMALL._replace(tie_word_embeddings=tied)
+        model = build(Contender("MiniLLM causal"), shape, "cpu")
+        run = copying(Contender("MiniLLM causal"), shape, "cpu", 3)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+            run()
+        copies = [event.input_shapes[0] for event in seen.events() if event.name == "aten::copy_"]
+        weights = model.num_parameters() - (0 if tied else model.get_input_embeddings().weight.numel())
+        # Untied, only a row of the embedding is read; each number copied is read and written.
+        assert copies == [[weights // 2]] * 3
 
 
 def test_wrong_arguments_are_refused(capsys):

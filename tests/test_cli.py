@@ -164,6 +164,14 @@ def test_info_says_where_alibi_is_folded(tmp_path):
     assert "attention on cuda" not in succeed("info", tmp_path)
 
 
+def test_info_says_which_caches_have_room(tmp_path):
+    MiniLLMConfig(hidden_size=256, num_attention_heads=8, num_key_value_heads=2).save_pretrained(tmp_path)
+    assert "room for tokens to come, from 1,024 tokens" in succeed("info", tmp_path)
+    for fields in ({"sliding_window": 7}, {"attention_type": "bidirectional"}):
+        MiniLLMConfig(**fields).save_pretrained(tmp_path)
+        assert "room for tokens" not in succeed("info", tmp_path)
+
+
 def test_info_counts_a_sliding_window_and_a_model_without_cache(tmp_path):
     MiniLLMConfig(sliding_window=7, use_cache=False).save_pretrained(tmp_path)
     told = succeed("info", tmp_path)
