@@ -107,7 +107,7 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
         **({} if config.skip_logits is False else {"loss on cuda": on_cuda}),
         "attention in training": attention if hides else "whole",
         **({"attention on cuda": folded} if is_foldable(config) else {}),
-        **({"cache": grows} if generates and config.sliding_window is None else {}),
+        **({"growth of the cache": grows} if generates and config.sliding_window is None else {}),
         "decoding": "own loop where nothing needs that of transformers (off: use_cache=False)"
         if generates
         else "none",
