@@ -21,11 +21,12 @@ class Group(NamedTuple):
     comparisons: tuple[Comparison, ...]
 
 
+AGAINST_BLOOM = Comparison(ALIBI, "Bloom", at_least=1.5)
 DENSE = Group(
     tuple(Contender(name) for name in ("Llama", "GLM", "Bloom", "MPT", "Falcon", CAUSAL, PREFIX, ALIBI)),
     (
         *(Comparison(own, "Llama", at_least=1.0) for own in (CAUSAL, PREFIX, ALIBI)),
-        Comparison(ALIBI, "Bloom", at_least=1.5),
+        AGAINST_BLOOM,
         *(Comparison(ALIBI, rival) for rival in ("MPT", "Falcon")),
         Comparison(CAUSAL, "GLM"),
     ),
@@ -38,14 +39,9 @@ COPY = Contender("a copy of the weights")
 """What the device's memory allows: reads and writes of as many bytes as a token has weights read."""
 
 PROMPTS = DENSE._replace(
-    comparisons=tuple(
-        comparison._replace(at_least=None if comparison.baseline == "Bloom" else comparison.at_least)
-        for comparison in DENSE.comparisons
-    )
+    comparisons=tuple(each._replace(at_least=None) if each == AGAINST_BLOOM else each for each in DENSE.comparisons)
 )
-DECODING = DENSE._replace(
-    contenders=(*DENSE.contenders, COPY), comparisons=(*DENSE.comparisons, Comparison(CAUSAL, COPY.name))
-)
+DECODING = Group((*DENSE.contenders, COPY), (*DENSE.comparisons, Comparison(CAUSAL, COPY.name)))
 
 LLAMAS = (Contender("Llama", "sdpa"), Contender("Llama", "flex_attention", compiled=True))
 CAUSALS = (Contender(CAUSAL, "sdpa"), Contender(CAUSAL, "flex_attention", compiled=True))
@@ -74,13 +70,14 @@ TRAINING_ON_CUDA = (
 )
 
 
-def decoding_on_cuda(ratio: float, of_copy: float | None, own: tuple[str, ...] = (CAUSAL, PREFIX, ALIBI)) -> Group:
+def decoding_on_cuda(ratio: float, of_copy: float | None) -> Group:
     """Static caches, for which transformers compiles the step.
 
     Args:
         ratio: how many times as fast as Llama MiniLLM is to be.
         of_copy: the part of the speed of copying the weights that it is to reach.
     """
+    own = (CAUSAL, PREFIX, ALIBI)
     contenders = tuple(Contender(name, "sdpa") for name in ("Llama", *own))
     comparisons = tuple(Comparison(f"{name}, sdpa", "Llama, sdpa", at_least=ratio) for name in own)
     if of_copy is None:
