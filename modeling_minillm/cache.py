@@ -87,6 +87,9 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.room = self.shown = None
+        if self.is_initialized:
+            # transformers 5.17 writes zeros over them.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
         super().reset()
 
     def _can_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:

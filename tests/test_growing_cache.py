@@ -45,7 +45,9 @@ def select(layers, choice):
 def start_again(layers):
     new = states(4, rows=layers[1].keys.shape[0])
     for layer in layers:
-        layer.reset()
+        # transformers 5.17 writes to the tensors, which one made in inference mode allows there alone.
+        with torch.inference_mode():
+            layer.reset()
         layer.update(*new)
 
 
