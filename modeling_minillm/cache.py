@@ -95,9 +95,9 @@ class GrowingLayer(DynamicLayer):
     def _can_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether new tokens may be written beside those held: not in a graph of gradients or of a compiler, which
         keep what they have seen, and not where joining them would convert or refuse them."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_initialized:
             return False
-        if not self.is_initialized or self.keys.ndim != 4 or self.keys.numel() < LEAST_GROWING:
+        if self.keys.ndim != 4 or self.keys.numel() < LEAST_GROWING:
             return False
         return fits(key_states, self.keys) and fits(value_states, self.values)
 

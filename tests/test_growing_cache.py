@@ -70,6 +70,7 @@ EVENTS = {
     "deep copy": lambda layers: diverge(layers, copy.deepcopy),
     "pickle": lambda layers: diverge(layers, lambda layer: pickle.loads(pickle.dumps(layer))),
     "foreign keys": lambda layers: [setattr(layer, "keys", layer.keys.flip(0)) for layer in layers],
+    "foreign values": lambda layers: [setattr(layer, "values", layer.values.flip(0)) for layer in layers],
     "start again": start_again,
 }
 MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
@@ -248,3 +249,5 @@ def test_a_cache_with_room_serves_another_model_and_a_compiled_one():
     cache = with_room(DynamicCache(config=model.config))
     for each, start, end in ((model, 0, 4), (model, 4, 5), (compiled, 5, 6), (model, 6, 8), (llama, 8, 9)):
         torch.testing.assert_close(each(ids[:, start:end], past_key_values=cache).logits, expected[:, start:end])
+        # A compiled step joins: it would be compiled anew for each move to other room.
+        assert all((layer.room is None) == (each is compiled or end == 4) for layer in cache.layers)
