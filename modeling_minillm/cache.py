@@ -34,19 +34,22 @@ class Room:
 
     Args:
         keys, values: [batch, key/value heads, capacity, head_dim].
+        filled: tokens written, by whichever layer shares this room.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = keys, values
-        self.filled = 0
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int = 0) -> None:
+        self.keys, self.values, self.filled = keys, values, filled
 
     def add(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes keys and values [batch, key/value heads, tokens, head_dim] behind those there; views of all."""
         start, count = self.filled, keys.shape[-2]
-        self.filled = total = start + count
+        self.filled = start + count
         self.keys.narrow(-2, start, count).copy_(keys)
         self.values.narrow(-2, start, count).copy_(values)
-        return self.keys.narrow(-2, 0, total), self.values.narrow(-2, 0, total)
+        return self.written()
+
+    def written(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys.narrow(-2, 0, self.filled), self.values.narrow(-2, 0, self.filled)
 
 
 def fits(new: torch.Tensor, held: torch.Tensor) -> bool:
@@ -59,8 +62,8 @@ class GrowingLayer(DynamicLayer):
     """A layer of a `DynamicCache` with room for tokens to come.
 
     `keys` and `values` are what they are in transformers' layer, [batch, key/value heads, length, head_dim], but views
-    of longer tensors. What others put in their place, as reordering and cropping do, is copied to new room with the
-    next token. What was handed out is never written again: a new token takes a place that nobody has been shown.
+    of longer tensors. What others put in their place, as cropping does, is copied to new room with the next token.
+    What was handed out is never written again: a new token takes a place that nobody has been shown.
     """
 
     def __init__(self) -> None:
@@ -75,15 +78,23 @@ class GrowingLayer(DynamicLayer):
         if not self._can_grow(key_states, value_states):
             self.room = self.shown = None
             return super().update(key_states, value_states, *args, **kwargs)
-        length = self.keys.shape[-2]
-        total = length + key_states.shape[-2]
-        if not self._has_room(length, total):
+        total = self.keys.shape[-2] + key_states.shape[-2]
+        if not self._has_room(total):
             held = self.keys, self.values
             capacity = total + max(LEAST_ROOM, total // 8)
             self.room = Room(*(part.new_empty((*part.shape[:-2], capacity, part.shape[-1])) for part in held))
             self.room.add(*held)
         self.keys, self.values = self.shown = self.room.add(key_states, value_states)
         return self.shown
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows [beams] in the place of those held, which are copied once, with the room behind them."""
+        if not self._shows_room():
+            super().reorder_cache(beam_idx)
+            return
+        rows, filled = beam_idx.to(self.keys.device), self.room.filled
+        self.room = Room(self.room.keys.index_select(0, rows), self.room.values.index_select(0, rows), filled)
+        self.keys, self.values = self.shown = self.room.written()
 
     def reset(self) -> None:
         self.room = self.shown = None
@@ -101,13 +112,17 @@ class GrowingLayer(DynamicLayer):
             return False
         return fits(key_states, self.keys) and fits(value_states, self.values)
 
-    def _has_room(self, length: int, total: int) -> bool:
-        """Whether the tokens held are those that this layer showed last, with free places behind them."""
-        if self.room is None or self.keys is not self.shown[0] or self.values is not self.shown[1]:
-            return False
-        if self.room.filled != length or self.room.keys.shape[-2] < total:
+    def _has_room(self, total: int) -> bool:
+        """Whether there is a place for a total of tokens that may be written in this mode."""
+        if not self._shows_room() or self.room.keys.shape[-2] < total:
             return False
         return torch.is_inference_mode_enabled() or not self.room.keys.is_inference()
+
+    def _shows_room(self) -> bool:
+        """Whether the tokens held are those that this layer showed last, with nothing written behind them."""
+        if self.room is None or self.keys is not self.shown[0] or self.values is not self.shown[1]:
+            return False
+        return self.room.filled == self.keys.shape[-2]
 
 
 def with_room(cache: Cache | None) -> Cache | None:
