@@ -137,7 +137,6 @@ PRESET = Shape(16384, 256, 8, 8, 1024)
 """That of the presets `minillm-causal-10m`, `minillm-prefix-10m` and `minillm-alibi-10m`."""
 
 BOTH = (DENSE, SPARSE)
-DECODINGS = (DECODING, SPARSE)
 PLANS = {
     "cpu": Plan(
         PRESET,
@@ -146,7 +145,7 @@ PLANS = {
         new=64,
         cache=None,
         training=BOTH,
-        decoding={1: DECODINGS, 8: DECODINGS},
+        decoding={1: (DECODING, SPARSE), 8: BOTH},
         prompts=(PROMPTS,),
         attention={8: (ATTENTION,)},
     ),
@@ -168,7 +167,7 @@ PLANS = {
         new=4,
         cache=None,
         training=BOTH,
-        decoding={2: DECODINGS},
+        decoding={2: (DECODING, SPARSE)},
         prompts=(PROMPTS,),
         attention={2: (ATTENTION,)},
     ),

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 from benchmarks.models import DTYPES, Contender, Shape, build, extra_inputs
 from benchmarks.timing import Stopwatch
 
+LARGEST_CACHE = 2**29
+"""Bytes that no processor's or device's cache holds."""
+
 ATTENTION_NAMES = ("self_attn", "self_attention", "attn")
 
 
@@ -82,14 +85,20 @@ def decoding(
 
 
 def copying(contender: Contender, shape: Shape, device: str, times: int) -> Callable[[], None]:
-    """Copies that read and write together as many bytes as the weights which a contender reads for a token have."""
+    """Copies that read and write together as many bytes as the weights which a contender reads for a token have.
+
+    They go through memory of `LARGEST_CACHE` bytes or more in turn, so that none finds its bytes in a cache.
+    """
     model = build(contender, shape, "meta", DTYPES[device])
     unread = 0 if shape.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     count = (sum(weight.numel() for weight in model.parameters()) - unread) // 2
-    source, target = torch.ones(2, count, dtype=DTYPES[device], device=device).unbind()
+    pairs = -(-LARGEST_CACHE // (2 * count * DTYPES[device].itemsize))
+    memory = torch.ones(pairs, 2, count, dtype=DTYPES[device], device=device)
+    turns = cycle([pair.unbind() for pair in memory])
 
     def run() -> None:
         for _ in range(times):
+            source, target = next(turns)
             target.copy_(source)
 
     return run

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import growth, memory, models, packing, speed, startup
+from benchmarks import growth, memory, models, packing, speed, startup, steps
 from benchmarks.__main__ import KINDS, parse
 from benchmarks.models import VARIANTS, Contender, Shape, build, config_of
 from benchmarks.pictures import draw
@@ -304,7 +304,8 @@ def test_the_rival_reads_packed_documents_apart():
     torch.testing.assert_close(*losses)
 
 
-def test_copies_are_of_what_a_token_has_read():
+def test_copies_are_of_what_a_token_has_read(monkeypatch):
+    monkeypatch.setattr(steps, "LARGEST_CACHE", 2**20)
     for tied in (True, False):
         shape = SMALL._replace(tie_word_embeddings=tied)
         model = build(Contender("MiniLLM causal"), shape, "cpu")
