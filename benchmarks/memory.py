@@ -62,16 +62,21 @@ def measure(options: Options) -> dict[str, Any]:
         taken: dict[str, list[float]] = {name: [] for name in names}
         seconds: dict[str, list[float]] = {name: [] for name in names}
         lacking: dict[str, str] = {}
-        for _ in range(min(case.repeats, options.steps)):
+        for index in range(min(case.repeats, options.steps)):
+            if index and options.out_of_time():
+                break
             for contender in case.contenders:
                 name = contender.name
-                if options.out_of_time():
+                if not index and options.out_of_time():
                     lacking[name] = "no time was left"
+                if name in lacking:
                     continue
-                step = TrainingCase(contender, case.shape, case.rows, case.length)
+                # The first step of a compiled one is its compiler's.
+                step = TrainingCase(contender, case.shape, case.rows, case.length, 2 if contender.compiled else 1)
                 [told] = run_cases([step], options.device, options.clock)
                 if told is None:
                     lacking[name] = "the memory did not suffice"
+                    taken[name].clear()
                     continue
                 taken[name].append(told["peak"] - (told["before"] if case.of_step else told["start"]))
                 seconds[name] += told["seconds"]

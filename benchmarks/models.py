@@ -1,10 +1,12 @@
 """The contenders: MiniLLM's variants and transformers' own models, all of one shape."""
 
+import gc
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -118,10 +120,21 @@ def build(contender: Contender, shape: Shape, device: str, dtype: torch.dtype | 
             config_of(contender.model, shape), dtype=dtype or DTYPES[device], **chosen
         )
     if contender.compiled:
+        # Of too many shapes the compiler would let all further ones run uncompiled, without a word.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.compile(backend=COMPILE_BACKEND, dynamic=False)
     return model.to(device)
+
+
+def start_afresh() -> None:
+    """For the next contenders: frees what the last ones left, memory and compiled shapes, which have a limit that all
+    blocks of all models share."""
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = False
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def rotating_ids(shape: Shape, batch: int, length: int, device: str, buffers: int = 4) -> Iterator[torch.Tensor]:

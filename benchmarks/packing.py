@@ -1,15 +1,16 @@
 """Training on documents: packed into rows, and one a row with padding behind it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks.models import Contender, Shape, build
+from benchmarks.models import Contender, Shape, build, start_afresh
 from benchmarks.steps import training_step
-from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, summarise
+from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, make_ready, summarise
 from minillm.training import DataCollatorForCausalLM, DataCollatorForPrefixLM
 
 WAYS = ("packed", "padded")
@@ -65,6 +66,12 @@ def rotating_batches(
     return cycle([{key: value.to(device) for key, value in batch.items()} for batch in batches])
 
 
+def prepare(plan: Plan, contender: Contender, way: str, lengths: list[int], device: str) -> Callable[[], None]:
+    """Trains a contender on batches of the given lengths."""
+    batches = rotating_batches(plan, contender.model, way, lengths, device)
+    return training_step(build(contender, plan.shape, device), batches)
+
+
 def measure(options: Options) -> dict[str, Any]:
     """Packed against padded: the target is that no slot which packing saves costs time."""
     plan = PLANS[options.size]
@@ -79,17 +86,17 @@ def measure(options: Options) -> dict[str, Any]:
         if options.out_of_time():
             result["not_measured"].append({"what": what, "contender": contender.name, "reason": "no time was left"})
             continue
-        runs = {
-            f"{each.name}, {way}": training_step(
-                build(each, plan.shape, options.device),
-                rotating_batches(plan, each.model, way, lengths, options.device),
-            )
+        start_afresh()
+        makers = {
+            f"{each.name}, {way}": partial(prepare, plan, each, way, lengths, options.device)
             for each in (contender, *rivals)
             for way in WAYS
         }
+        runs = make_ready(makers)
         times = interleave(runs, stopwatch, options)
         del runs
-        for name, values in times.items():
+        for name in makers:
+            values = times.get(name)
             if not values:
                 lacking = {"what": what, "contender": name, "reason": "the device's memory did not suffice"}
                 result["not_measured"].append(lacking)

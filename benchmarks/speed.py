@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
-from benchmarks.models import Contender, Shape, build, rotating_ids
+from benchmarks.models import Contender, Shape, build, rotating_ids, start_afresh
 from benchmarks.steps import attention_layer, batches_of, copying, decoding, training_step
-from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, summarise
+from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, make_ready, summarise
 
 CAUSAL, PREFIX, ALIBI, MOE = (f"MiniLLM {kind}" for kind in ("causal", "prefix", "alibi", "moe"))
 
@@ -189,7 +187,7 @@ def cases(plan: Plan, device: str, stopwatch: Stopwatch) -> Iterator[Case]:
     """All that a plan says, one after another. Nothing is built before it is asked for."""
 
     def ready(group: Group, make: Callable[[Contender], Callable[[], object]]) -> Callable[[], Runs]:
-        return lambda: {contender.name: make(contender) for contender in group.contenders}
+        return lambda: make_ready({contender.name: partial(make, contender) for contender in group.contenders})
 
     for length in plan.lengths:
         rows = plan.tokens // length
@@ -238,12 +236,12 @@ def measure(options: Options, plan: Plan | None = None) -> dict[str, Any]:
         if options.out_of_time():
             result["not_measured"].append({"what": case.what, "reason": "no time was left"})
             continue
+        start_afresh()
         runs = case.prepare()
         times = interleave(runs, stopwatch, options)
         del runs
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-        for name, values in times.items():
+        for contender in case.group.contenders:
+            name, values = contender.name, times.get(contender.name)
             if not values:
                 lacking = {"what": case.what, "contender": name, "reason": "the device's memory did not suffice"}
                 result["not_measured"].append(lacking)

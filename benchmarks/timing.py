@@ -74,6 +74,17 @@ class Stopwatch:
         return self.begin.elapsed_time(end) / 1000
 
 
+def make_ready(makers: dict[str, Callable[[], Callable[[], object]]]) -> dict[str, Callable[[], object]]:
+    """What each maker makes, without those that the device's memory does not hold."""
+    runs = {}
+    for name, make in makers.items():
+        try:
+            runs[name] = make()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return runs
+
+
 def interleave(
     runs: dict[str, Callable[[], object]], stopwatch: Stopwatch, options: Options, warmup: int = 1
 ) -> dict[str, list[float]]:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from benchmarks.models import Contender, Shape, build, rotating_ids
+from benchmarks.models import Contender, Shape, build, rotating_ids, start_afresh
 from benchmarks.steps import adamw, batches_of, training_step
 from benchmarks.timing import Options, Stopwatch, interleave
 
-TOY = Shape(64, 16, 1, 2, 16)
+TOY = Shape(64, 64, 1, 2, 16)
 
 
 class TrainingCase(NamedTuple):
@@ -89,6 +89,7 @@ def run_cases(cases: Sequence[TrainingCase], device: str, clock: str) -> list[di
     those behind it, are None.
     """
     first = (cases[0].contender, device, torch.get_num_threads())
+    start_afresh()
     if device == "cuda":
         start = warm_up(*first)
         told = [run_case(case, device, clock) for case in cases]

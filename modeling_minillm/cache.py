@@ -44,8 +44,9 @@ class Room:
         """Writes keys and values [batch, key/value heads, tokens, head_dim] behind those there; views of all."""
         start, count = self.filled, keys.shape[-2]
         self.filled = start + count
-        self.keys.narrow(-2, start, count).copy_(keys)
-        self.values.narrow(-2, start, count).copy_(values)
+        # Through `data`, since a graph of gradients that holds earlier places is not touched.
+        self.keys.data.narrow(-2, start, count).copy_(keys)
+        self.values.data.narrow(-2, start, count).copy_(values)
         return self.written()
 
     def written(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +64,8 @@ class GrowingLayer(DynamicLayer):
 
     `keys` and `values` are what they are in transformers' layer, [batch, key/value heads, length, head_dim], but views
     of longer tensors. What others put in their place, as cropping does, is copied to new room with the next token.
-    What was handed out is never written again: a new token takes a place that nobody has been shown.
+    What was handed out is never written again: a new token takes a place that nobody has been shown. Who edits `keys`
+    in place edits what was handed out before, too.
     """
 
     def __init__(self) -> None:
@@ -76,11 +78,12 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds keys and values [batch, key/value heads, new tokens, head_dim]; returns those of all tokens."""
         if not self._can_grow(key_states, value_states):
-            self.room = self.shown = None
+            self._leave_room()
             return super().update(key_states, value_states, *args, **kwargs)
         total = self.keys.shape[-2] + key_states.shape[-2]
         if not self._has_room(total):
             held = self.keys, self.values
+            self._leave_room()
             capacity = total + max(LEAST_ROOM, total // 8)
             self.room = Room(*(part.new_empty((*part.shape[:-2], capacity, part.shape[-1])) for part in held))
             self.room.add(*held)
@@ -96,12 +99,28 @@ class GrowingLayer(DynamicLayer):
         self.room = Room(self.room.keys.index_select(0, rows), self.room.values.index_select(0, rows), filled)
         self.keys, self.values = self.shown = self.room.written()
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._leave_room()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._leave_room()
+        super().batch_select_indices(indices)
+
+    def offload(self) -> None:
+        self._leave_room()
+        super().offload()
+
     def reset(self) -> None:
-        self.room = self.shown = None
-        if self.is_initialized:
-            # transformers 5.17 writes zeros over them.
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+        """Empties the layer, as transformers 5.24 does; 5.17 keeps as many zeros."""
+        self._leave_room()
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
+
+    def _leave_room(self) -> None:
+        """Holds on to no memory but that of `keys` and `values`."""
+        self.room = self.shown = None
 
     def _can_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether new tokens may be written beside those held: not in a graph of gradients or of a compiler, which

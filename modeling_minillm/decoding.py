@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList, PrefixConstrainedLogitsProcessor
-from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
@@ -23,6 +23,9 @@ logger = logging.get_logger(__name__)
 
 STEPS_PER_READ = {"cpu": 1}
 """Steps between two questions whether all texts have ended, by device type; 16 where a question stalls the device."""
+
+ASKED_EACH_STEP = (PrefixConstrainedLogitsProcessor, MaxTimeCriteria, StoppingCriteriaList)
+"""What calls somebody's own function, or may, and what reads the clock."""
 
 KNOWN = frozenset(
     ("attention_mask", "position_ids", "prefix_mask", "block_position_ids", "logits_to_keep", "use_cache", CACHE_NAME)
@@ -106,19 +109,22 @@ class StepInputs:
 
 
 def leaves_no_trace(
+    device: torch.device,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     cache: Any,
     streamer: BaseStreamer | None,
 ) -> bool:
-    """Whether steps beyond the end of all texts would show nowhere: in no cache that goes on, in no stream, and to no
-    processor or criterion of somebody's own, which may count its calls or refuse a text that has ended."""
+    """Whether steps beyond the end of all texts would show nowhere: in no cache that goes on, in no stream, in no
+    random numbers, not on the clock, and to no processor or criterion of somebody's own, which may count its calls or
+    refuse a text that has ended."""
     called = [*logits_processor, *stopping_criteria]
     own = any(not type(each).__module__.startswith("transformers.") for each in called)
-    own = own or any(isinstance(each, PrefixConstrainedLogitsProcessor) for each in called)
+    own = own or any(isinstance(each, ASKED_EACH_STEP) for each in called)
     kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    return not (own or kept or streamer is not None)
+    repeats = device.type == "cpu" or hasattr(torch.get_device_module(device), "set_rng_state")
+    return repeats and not (own or kept or streamer is not None)
 
 
 def random_state(device: torch.device) -> torch.Tensor:
@@ -167,8 +173,8 @@ def sample(
     has_end = pad is not None and any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     ids = torch.nn.functional.pad(input_ids, (0, limit - start))
     steps = StepInputs(model, cache, model_kwargs, limit)
-    every = 1
-    if leaves_no_trace(logits_processor, stopping_criteria, generation_config, cache, streamer):
+    every, draws = 1, generation_config.do_sample or model.training
+    if leaves_no_trace(ids.device, logits_processor, stopping_criteria, generation_config, cache, streamer):
         every = STEPS_PER_READ.get(ids.device.type, 16)
     random_states: dict[int, torch.Tensor] = {}
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
@@ -178,12 +184,16 @@ def sample(
     with model._optimize_model_for_decode():
         while True:
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
-            tokens = choose(logits_processor(ids[:, :length], logits), generation_config.do_sample)
+            scores = logits_processor(ids[:, :length], logits)
+            if every > 1 and generation_config.do_sample:
+                # A text that has ended, unknown to the processors, may be left without a token to draw.
+                scores = scores.where(unfinished[:, None] > 0, 0.0)
+            tokens = choose(scores, generation_config.do_sample)
             if has_end:
                 tokens = tokens * unfinished + pad.to(ids.device) * (1 - unfinished)
             ids[:, length] = tokens
             length += 1
-            if every > 1 and generation_config.do_sample:
+            if every > 1 and draws:
                 random_states[length] = random_state(ids.device)
             unfinished = unfinished & ~stopping_criteria(ids[:, :length], None)
             if streamer is not None:

@@ -19,9 +19,9 @@ from benchmarks.__main__ import KINDS, parse
 from benchmarks.models import VARIANTS, Contender, Shape, build, config_of
 from benchmarks.pictures import draw
 from benchmarks.report import MARKED, amount, fill_page, markdown
-from benchmarks.steps import attention_layer, copying, decoding
+from benchmarks.steps import attention_layer, batches_of, copying, decoding, training_step
 from benchmarks.timing import Comparison, Options, Stopwatch, bootstrap_interval, compare, interleave, summarise
-from benchmarks.training_worker import run_case
+from benchmarks.training_worker import TOY, run_case
 from minillm import MiniLLMConfig
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +178,64 @@ def test_a_contender_without_memory_is_left_out():
     assert times["a"] == [] and len(times["b"]) == 2
 
 
+def test_a_contender_that_cannot_be_made_ready_is_named(monkeypatch):
+    def build_all_but_some(contender, *others):
+        if contender.model in ("Bloom", "MiniLLM alibi"):
+            raise torch.OutOfMemoryError
+        return build(contender, *others)
+
+    monkeypatch.setattr(steps, "build", build_all_but_some)
+    for kind, row_of in ((speed, "Bloom"), (packing, "MiniLLM alibi, padded")):
+        monkeypatch.setattr(kind, "build", build_all_but_some)
+        result = kind.measure(Options(steps=1, tiny=True))
+        assert {row["reason"] for row in result["not_measured"]} == {"the device's memory did not suffice"}
+        assert row_of in {row["contender"] for row in result["not_measured"]}
+        assert result["rows"] and row_of not in {row["contender"] for row in result["rows"]}
+
+
+@pytest.mark.parametrize("fails", ["the time", "the memory"])
+def test_memory_is_compared_where_a_later_repeat_fails(fails, monkeypatch):
+    case = memory.PLANS["tiny"][0]._replace(repeats=2)
+    monkeypatch.setattr(memory, "PLANS", {"tiny": (case,)})
+    calls = []
+
+    def run(cases, *options):
+        calls.append(cases[0].contender.name)
+        there = fails == "the time" or len(calls) != 4
+        return [{"start": 0, "before": 1, "peak": 10, "seconds": [1.0]} if there else None]
+
+    monkeypatch.setattr(memory, "run_cases", run)
+    options = Options(steps=2, tiny=True, minutes=1.0)
+    monkeypatch.setattr(Options, "out_of_time", lambda self: fails == "the time" and len(calls) >= 2)
+    result = memory.measure(options)
+    if fails == "the time":
+        assert calls == ["Llama", "MiniLLM causal"]
+        assert len(result["comparisons"]) == 1 and result["not_measured"] == []
+    else:
+        assert result["comparisons"] == []
+        assert [row["contender"] for row in result["not_measured"]] == ["MiniLLM causal"]
+
+
+def test_what_is_compiled_runs_compiled_or_not_at_all(monkeypatch):
+    monkeypatch.setattr(models, "COMPILE_BACKEND", "eager")
+    models.start_afresh()
+
+    def step(length):
+        ids = iter([torch.randint(3, 64, (1, length))])
+        training_step(build(Contender("Llama", compiled=True), SMALL, "cpu"), batches_of("Llama", ids))()
+
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for length in range(8, 32):
+            step(length)
+    models.start_afresh()
+    step(31)
+    models.start_afresh()
+
+
+def test_the_warm_up_is_wide_enough_for_flex_attention():
+    assert TOY.hidden_size // TOY.num_attention_heads >= 16
+
+
 def test_what_there_is_no_time_for_is_named():
     result = speed.measure(Options(steps=1, tiny=True, minutes=0.0))
     assert result["rows"] == [] and {row["reason"] for row in result["not_measured"]} == {"no time was left"}
@@ -233,7 +291,9 @@ def test_the_plans_for_cuda_run_on_cpu(monkeypatch):
     # Two blocks of each of eight contenders.
     assert compiled == [{"backend": "eager", "dynamic": False}] * 16
 
+    # Where attention was chosen, and compilation, above.
     def in_this_process(cases, *options):
+        models.start_afresh()
         return [{"start": 0, **run_case(cases[0], *options)}]
 
     monkeypatch.setattr(memory, "run_cases", in_this_process)
@@ -242,10 +302,6 @@ def test_the_plans_for_cuda_run_on_cpu(monkeypatch):
         (packing, packing.PLANS["cuda"]._replace(shape=SMALL, tokens=32)),
     ):
         monkeypatch.setattr(kind, "PLANS", {"cpu": sizes})
-        # Attention is chosen, and compiled, in this process.
-        monkeypatch.setattr(
-            memory, "run_cases", lambda cases, *options: [{"start": 0, **run_case(cases[0], *options)}]
-        )
         result = kind.measure(Options(steps=1))
         assert result["not_measured"] == []
         assert result["rows"] and result["comparisons"]

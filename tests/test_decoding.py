@@ -88,6 +88,14 @@ def test_equals_the_loop_of_transformers(variant, way, padded, both_loops):
     assert torch.equal(found, expected)
 
 
+def steps_taken(model, monkeypatch):
+    """A list that gets an entry for each forward pass from now on."""
+    steps = []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: steps.append(1) or forward(*args, **kwargs))
+    return steps
+
+
 @pytest.mark.parametrize("every", [1, 2, 5, 100])
 @pytest.mark.parametrize("way", ["greedy", "sampled"])
 @pytest.mark.parametrize("variant", ["causal", "prefix alibi"])
@@ -99,9 +107,7 @@ def test_asking_late_whether_texts_have_ended_changes_nothing(variant, way, ever
     ends = {int(texts[0, 2]), int(texts[1, 5])}
     monkeypatch.setitem(decoding.STEPS_PER_READ, "cpu", every)
     options = {"max_new_tokens": 30, "eos_token_id": sorted(ends)}
-    steps = []
-    forward = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: steps.append(1) or forward(*args, **kwargs))
+    steps = steps_taken(model, monkeypatch)
     torch.manual_seed(1)
     found, after = model.generate(**inputs, **options), torch.rand(1)
     taken = len(steps)
@@ -164,7 +170,7 @@ class Counts(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("asked_by", ["processor", "criterion", "prefix_allowed_tokens_fn"])
+@pytest.mark.parametrize("asked_by", ["processor", "criterion", "nested criterion", "prefix_allowed_tokens_fn"])
 def test_nobody_is_asked_about_a_text_that_has_ended(asked_by, both_loops, monkeypatch):
     monkeypatch.setitem(decoding.STEPS_PER_READ, "cpu", 16)
     model = loud_model(tiny_config(max_position_embeddings=64))
@@ -183,6 +189,9 @@ def test_nobody_is_asked_about_a_text_that_has_ended(asked_by, both_loops, monke
         extra = {
             "processor": {"logits_processor": LogitsProcessorList([counts])},
             "criterion": {"stopping_criteria": StoppingCriteriaList([Criterion()])},
+            "nested criterion": {
+                "stopping_criteria": StoppingCriteriaList([StoppingCriteriaList([Criterion()])]),
+            },
             "prefix_allowed_tokens_fn": {
                 "prefix_allowed_tokens_fn": lambda row, ids: counts(ids[None], list(range(19))),
             },
@@ -193,6 +202,36 @@ def test_nobody_is_asked_about_a_text_that_has_ended(asked_by, both_loops, monke
     assert torch.equal(found, expected)
     assert lengths == stock_lengths
     assert found.shape[1] < 27
+
+
+def test_no_step_is_taken_when_the_time_is_up(monkeypatch):
+    monkeypatch.setitem(decoding.STEPS_PER_READ, "cpu", 16)
+    model = loud_model(tiny_config(max_position_embeddings=64))
+    steps = steps_taken(model, monkeypatch)
+    inputs = prompts("causal", False)
+    model.generate(**inputs, max_new_tokens=20, max_time=0.0, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    assert len(steps) == 1
+
+
+def test_a_text_that_has_ended_needs_no_token_to_draw(both_loops, monkeypatch):
+    monkeypatch.setitem(decoding.STEPS_PER_READ, "cpu", 16)
+    model = loud_model(tiny_config(max_position_embeddings=64))
+    # Nothing may come twice: 5 and the end are left, and when they are there nothing is.
+    ids = torch.tensor([[token for token in range(19) if token not in (2, 5)]])
+    options = {"max_new_tokens": 20, "do_sample": True, "no_repeat_ngram_size": 1, "pad_token_id": 0}
+    found, expected = both_loops(lambda: model.generate(ids, eos_token_id=2, **options))
+    assert torch.equal(found, expected)
+    assert found[0, -1] == 2
+
+
+def test_dropout_draws_no_more_than_in_the_loop_of_transformers(both_loops, monkeypatch):
+    monkeypatch.setitem(decoding.STEPS_PER_READ, "cpu", 16)
+    model = loud_model(tiny_config(max_position_embeddings=64, hidden_dropout=0.2)).train()
+    options = {"max_new_tokens": 20, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    options["eos_token_id"] = list(range(3, 19))
+    found, expected = both_loops(lambda: model.generate(**prompts("causal", False), **options))
+    assert torch.equal(found, expected)
+    assert found.shape[1] < 20
 
 
 class Recorder(TextStreamer):

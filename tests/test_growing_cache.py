@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import weakref
 
 import pytest
 import torch
@@ -43,11 +44,12 @@ def select(layers, choice):
 
 
 def start_again(layers):
-    new = states(4, rows=layers[1].keys.shape[0])
+    new = states(4)
+    layers[0].reset()
+    assert layers[0].get_seq_length() == 0
+    # That of transformers 5.17 keeps as many zeros.
+    layers[1] = DynamicLayer()
     for layer in layers:
-        # transformers 5.17 writes to the tensors, which one made in inference mode allows there alone.
-        with torch.inference_mode():
-            layer.reset()
         layer.update(*new)
 
 
@@ -167,6 +169,56 @@ def test_gradients_pass_through_a_cache_that_later_grows():
         results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
+
+
+def test_a_backward_pass_may_wait_for_keys_while_the_cache_grows():
+    layers, gradients = (GrowingLayer(), DynamicLayer()), []
+    torch.manual_seed(0)
+    steps = [states(tokens) for tokens in (4, 1, 1, 1)]
+    weights = torch.randn(2, 3, 1, 4)
+    for layer in layers:
+        query = weights.clone().requires_grad_()
+        with torch.no_grad():
+            for step in steps[:3]:
+                layer.update(*step)
+        loss = torch.nn.functional.scaled_dot_product_attention(query, layer.keys, layer.values).sum()
+        with torch.no_grad():
+            layer.update(*steps[3])
+        loss.backward()
+        gradients.append(query.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda layer: layer.batch_select_indices(torch.tensor([1])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
+        lambda layer: layer.reset(),
+        lambda layer: layer.update(*states(500)),
+    ],
+    ids=["select", "repeat", "reorder", "reset", "move"],
+)
+@torch.no_grad()
+def test_memory_that_is_left_is_free(leave):
+    layer = GrowingLayer()
+    for tokens in (8, 1, 1):
+        layer.update(*states(tokens))
+    left = weakref.ref(layer.room.keys)
+    leave(layer)
+    assert left() is None
+
+
+@torch.no_grad()
+def test_an_offloaded_layer_leaves_its_room():
+    layer = GrowingLayer()
+    for tokens in (8, 1):
+        layer.update(*states(tokens))
+    assert layer.room is not None
+    layer.offload()
+    assert layer.room is None
+    assert layer.shown is None
 
 
 def layers_used(monkeypatch):
