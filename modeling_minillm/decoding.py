@@ -139,6 +139,50 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
         torch.get_device_module(device).set_rng_state(state, device)
 
 
+class Ends:
+    """Which texts have ended. The device is asked only every few steps whether all have, and it may be found that they
+    had some steps ago: those steps do not count.
+
+    Args:
+        ids: [batch, longest length].
+        every: steps between two questions.
+        draws: whether a step uses random numbers, which then go back to where they were.
+    """
+
+    def __init__(self, ids: torch.Tensor, every: int, draws: bool) -> None:
+        self.every, self.device = every, ids.device
+        self.unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
+        self.running = torch.ones(ids.shape[1] + 1, dtype=torch.bool, device=ids.device)
+        self.draws = draws and every > 1
+        self.random_states: dict[int, torch.Tensor] = {}
+
+    def add(self, ended: torch.Tensor, length: int) -> None:
+        """Notes which texts [batch] have ended when they are of a length."""
+        if self.draws:
+            self.random_states[length] = random_state(self.device)
+        self.unfinished = self.unfinished & ~ended
+        self.running[length] = self.unfinished.any()
+
+    def known(self, length: int, steps: int) -> bool:
+        """Whether it is known after so many steps that all texts have ended."""
+        if steps % self.every:
+            return False
+        if not bool(self.running[length]):
+            return True
+        self.random_states.clear()
+        return False
+
+    def last(self, start: int, length: int) -> int:
+        """The length of the longest text, where `length` was reached from `start`."""
+        ended = (~self.running[start + 1 : length + 1]).nonzero()
+        if not len(ended):
+            return length
+        length = start + 1 + int(ended[0])
+        if length in self.random_states:
+            set_random_state(self.device, self.random_states[length])
+        return length
+
+
 def choose(scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
     """The next token [batch] by scores [batch, vocabulary]: the best one, or one drawn from their softmax."""
     return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1) if do_sample else scores.argmax(-1)
@@ -173,12 +217,10 @@ def sample(
     has_end = pad is not None and any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     ids = torch.nn.functional.pad(input_ids, (0, limit - start))
     steps = StepInputs(model, cache, model_kwargs, limit)
-    every, draws = 1, generation_config.do_sample or model.training
+    every = 1
     if leaves_no_trace(ids.device, logits_processor, stopping_criteria, generation_config, cache, streamer):
         every = STEPS_PER_READ.get(ids.device.type, 16)
-    random_states: dict[int, torch.Tensor] = {}
-    unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-    running = torch.ones(limit + 1, dtype=torch.bool, device=ids.device)
+    ends = Ends(ids, every, generation_config.do_sample or model.training)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     length = start
     with model._optimize_model_for_decode():
@@ -187,24 +229,17 @@ def sample(
             scores = logits_processor(ids[:, :length], logits)
             if every > 1 and generation_config.do_sample:
                 # A text that has ended, unknown to the processors, may be left without a token to draw.
-                scores = scores.where(unfinished[:, None] > 0, 0.0)
+                scores = scores.where(ends.unfinished[:, None] > 0, 0.0)
             tokens = choose(scores, generation_config.do_sample)
             if has_end:
-                tokens = tokens * unfinished + pad.to(ids.device) * (1 - unfinished)
+                tokens = tokens * ends.unfinished + pad.to(ids.device) * (1 - ends.unfinished)
             ids[:, length] = tokens
             length += 1
-            if every > 1 and draws:
-                random_states[length] = random_state(ids.device)
-            unfinished = unfinished & ~stopping_criteria(ids[:, :length], None)
+            ends.add(stopping_criteria(ids[:, :length], None), length)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            running[length] = unfinished.any()
-            if length == limit:
+            if length == limit or ends.known(length, length - start):
                 break
-            if (length - start) % every == 0:
-                if not bool(running[length]):
-                    break
-                random_states.clear()
             outputs = forward(
                 input_ids=tokens[:, None],
                 **{CACHE_NAME: cache},
@@ -215,26 +250,23 @@ def sample(
             )
     if streamer is not None:
         streamer.end()
-    # Steps beyond the one at which all texts had ended were taken before that was known.
-    ended = (~running[start + 1 : length + 1]).nonzero()
-    if len(ended):
-        length = start + 1 + int(ended[0])
-        if length in random_states:
-            set_random_state(ids.device, random_states[length])
-    sequences = ids[:, :length]
+    sequences = ids[:, : ends.last(start, length)].clone()
     if not generation_config.return_dict_in_generate:
-        return sequences.clone()
-    return GenerateDecoderOnlyOutput(sequences=sequences.clone(), **{CACHE_NAME: cache})
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: cache})
 
 
 class MiniLLMDecodingMixin:
     """Decodes with the loop of this file where it can, and into a cache with room."""
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         given = model_kwargs.get(CACHE_NAME)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if given is None and CACHE_NAME in model_kwargs:
-            with_room(model_kwargs[CACHE_NAME])
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None:
+            with_room(model_kwargs.get(CACHE_NAME))
+        return result
 
     def _sample(
         self,
