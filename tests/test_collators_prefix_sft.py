@@ -160,9 +160,12 @@ def test_rows_with_prefixes_are_checked():
     rows = pack_dataset(DOCUMENTS[:1], prefix(), fixed_prefixes=True)
     with pytest.raises(ValueError, match="a packed row holds prefixes in `prefix_mask`; this collator marks none"):
         DataCollatorForCausalLM(max_length=16, pad_token_id=0)(rows)
-    rows[0]["prefix_mask"] = [0, 1] + [0] * 7
-    with pytest.raises(ValueError, match="must be ones, then zeros, in each document"):
-        prefix()(rows)
+    for mask in ([1, 0, 1], [2, 2, 1], [1, 2, 1], [-1, 0, 0]):
+        rows[0]["prefix_mask"] = mask + [0] * 6
+        with pytest.raises(ValueError, match="1 on the first prompt of a document, 2 on the second"):
+            prefix()(rows)
+    rows[0]["prefix_mask"] = [0, 1, 1, 0, 2, 3, 0, 0, 0]
+    assert prefix()(rows)["prefix_mask"].tolist() == [rows[0]["prefix_mask"]]
 
 
 def test_a_prefix_leaves_the_last_scored_token():
@@ -204,11 +207,11 @@ def test_causal_models_get_no_prefix_mask():
     assert "prefix_mask" not in sft()([SFT_FORMS["ids"]])
 
 
-def test_several_answers_are_all_scored_but_only_the_first_prompt_is_prefix():
+def test_several_answers_are_all_scored_and_each_prompt_is_a_block():
     sample = {"input_ids": [1, 2, 3, 4, 5, 6], "assistant_masks": [0, 0, 1, 0, 0, 1]}
     batch = sft(prompt_is_prefix=True)([sample])
     assert batch["labels"].tolist() == [[-100, -100, 3, -100, -100, 6]]
-    assert batch["prefix_mask"].tolist() == [[1, 1, 0, 0, 0, 0]]
+    assert batch["prefix_mask"].tolist() == [[1, 1, 0, 2, 2, 0]]
 
 
 def test_packed_rows_equal_direct_packing():

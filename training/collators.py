@@ -20,9 +20,10 @@ from minillm.training.documents import (
     NothingToScoreError,
     Piece,
     cut_by_documents,
+    number_runs,
     read_answer,
     read_ids,
-    read_prefix_length,
+    read_prompts,
     read_scored,
 )
 from minillm.training.packing import best_fit_decreasing
@@ -174,7 +175,7 @@ class DataCollatorForCausalLM:
             return [Piece.cut(ids[span], scored[span]) for span in spans], "document_ids" in columns
         if not self._marks_prefixes:
             raise ValueError("a packed row holds prefixes in `prefix_mask`; this collator marks none")
-        return [Piece.cut(ids[span], scored[span], read_prefix_length(prefix_mask[span])) for span in spans], True
+        return [Piece.cut(ids[span], scored[span], read_prompts(prefix_mask[span])) for span in spans], True
 
     def _ids_and_scored(self, sample: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         ids, columns = read_ids(sample)
@@ -185,20 +186,20 @@ class DataCollatorForCausalLM:
         return "prefix_mask" in self._extra_columns()
 
     def _document(self, piece: Piece) -> Document:
-        """The piece with its prefix, on which nothing is scored."""
-        length = self._prefix_length(piece, self.epoch) if piece.prefix_length is None else piece.prefix_length
-        labels = np.where(np.arange(len(piece.input_ids)) < length, IGNORE_INDEX, piece.labels)
-        return Document(piece.input_ids, labels, length)
+        """The piece with its prompts, on which nothing is scored."""
+        prompts = self._prompts(piece, self.epoch) if piece.prefix_mask is None else piece.prefix_mask
+        return Document(piece.input_ids, np.where(prompts > 0, IGNORE_INDEX, piece.labels), prompts)
 
-    def _prefix_length(self, piece: Piece, epoch: int) -> int:
-        return 0
+    def _prompts(self, piece: Piece, epoch: int) -> np.ndarray:
+        """k on the k-th prompt of a piece, 0 elsewhere: int64 [tokens]."""
+        return np.zeros_like(piece.input_ids)
 
     def fix_prefixes(self, row: list[Piece]) -> list[Piece]:
         """The row with the prefixes of epoch 0; as it is, if the collator marks no prefixes or they are fixed."""
         if not self._marks_prefixes:
             return row
         return [
-            piece._replace(prefix_length=self._prefix_length(piece, epoch=0)) if piece.prefix_length is None else piece
+            piece._replace(prefix_mask=self._prompts(piece, epoch=0)) if piece.prefix_mask is None else piece
             for piece in row
         ]
 
@@ -277,11 +278,12 @@ class DataCollatorForPrefixLM(DataCollatorForCausalLM):
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"`prefix_fraction` is {self.prefix_fraction}; needed: 0 <= lowest <= highest <= 1")
 
-    def _prefix_length(self, piece: Piece, epoch: int) -> int:
+    def _prompts(self, piece: Piece, epoch: int) -> np.ndarray:
         low, high = self.prefix_fraction
         draw = uniform_draw(self.seed, epoch, piece.input_ids)
         last_scored = np.flatnonzero(piece.labels != IGNORE_INDEX).max(initial=1)
-        return int(np.clip((low + (high - low) * draw) * len(piece.input_ids), 1, last_scored))
+        length = int(np.clip((low + (high - low) * draw) * len(piece.input_ids), 1, last_scored))
+        return (np.arange(len(piece.input_ids)) < length).astype(np.int64)
 
     def _extra_columns(self) -> dict[str, int]:
         return {**super()._extra_columns(), "prefix_mask": 0}
@@ -300,8 +302,8 @@ class DataCollatorForSFT(DataCollatorForCausalLM):
     loses its start, down to half of `max_length`, then the answer its end. So an answer always remains.
 
     Args:
-        prompt_is_prefix: for models with `attention_type="prefix"`: all tokens before the first answer form the
-            bidirectional prefix.
+        prompt_is_prefix: for models with `attention_type="prefix"`: each run of tokens outside of the answers is a
+            prompt, which sees itself in both directions; `prefix_mask` is k on the k-th one.
     """
 
     overlong: Overlong = "truncate"
@@ -312,8 +314,8 @@ class DataCollatorForSFT(DataCollatorForCausalLM):
     def _ids_and_scored(self, sample: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         return read_answer(sample)
 
-    def _prefix_length(self, piece: Piece, epoch: int) -> int:
-        return int((piece.labels != IGNORE_INDEX).argmax())
+    def _prompts(self, piece: Piece, epoch: int) -> np.ndarray:
+        return number_runs(piece.labels == IGNORE_INDEX)
 
     def _kept_start(self, scored: np.ndarray) -> int:
         prompt = int(scored.argmax())
@@ -359,10 +361,8 @@ def _row_columns(row: list[Piece]) -> dict[str, list[int]]:
         "document_ids": [np.full(len(piece.input_ids), number) for number, piece in enumerate(row, start=1)],
         "labels": [piece.labels for piece in row],
     }
-    if row[0].prefix_length is not None:
-        columns["prefix_mask"] = [
-            (np.arange(len(piece.input_ids)) < piece.prefix_length).astype(np.int64) for piece in row
-        ]
+    if row[0].prefix_mask is not None:
+        columns["prefix_mask"] = [piece.prefix_mask for piece in row]
     return {name: np.concatenate(parts).tolist() for name, parts in columns.items()}
 
 
@@ -380,7 +380,7 @@ def _columns_of(document: Document, number: int) -> dict[str, Any]:
         "labels": document.labels,
         "document_ids": number,
         "position_ids": tokens,
-        "prefix_mask": tokens < document.prefix_length,
+        "prefix_mask": document.prefix_mask,
     }
 
 

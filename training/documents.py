@@ -1,4 +1,4 @@
-"""What a training sample is: token ids, their labels and the length of the prefix, read from the forms in use."""
+"""What a training sample is: token ids, their labels and the prompts among them, read from the forms in use."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -23,18 +23,18 @@ class Piece(NamedTuple):
     """A document, or the part of one that fits into a row: int64 ids and labels, [tokens] each.
 
     Labels are the ids, or -100 where a token is not scored; so always at the first one, which nothing predicts.
-    `prefix_length` is None where the collator is still to choose it.
+    `prefix_mask` is k on the k-th prompt and 0 elsewhere; None where the collator is still to choose it.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
-    prefix_length: int | None = None
+    prefix_mask: np.ndarray | None = None
 
     @classmethod
-    def cut(cls, input_ids: np.ndarray, scored: np.ndarray, prefix_length: int | None = None) -> "Piece":
+    def cut(cls, input_ids: np.ndarray, scored: np.ndarray, prefix_mask: np.ndarray | None = None) -> "Piece":
         """The piece of these ids, scored where `scored` holds."""
         labels = np.where(scored & (np.arange(len(input_ids)) > 0), input_ids, IGNORE_INDEX)
-        return cls(input_ids, labels, prefix_length)
+        return cls(input_ids, labels, prefix_mask)
 
     @property
     def is_scored(self) -> bool:
@@ -43,12 +43,11 @@ class Piece(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One document of a row, which never sees its neighbours: a piece, and how many of its leading tokens see one
-    another in both directions."""
+    """One document of a row, which never sees its neighbours: a piece whose prompts are chosen."""
 
     input_ids: np.ndarray
     labels: np.ndarray
-    prefix_length: int
+    prefix_mask: np.ndarray
 
 
 def integers(name: str, values: Any, kinds: str = "iu") -> np.ndarray:
@@ -176,12 +175,22 @@ def _answer_tokens(sample: Mapping, way: str, ids: np.ndarray, columns: dict[str
     return np.arange(len(ids)) >= length
 
 
-def read_prefix_length(mask: np.ndarray) -> int:
-    """The number of leading tokens of a document that its `prefix_mask` marks. ValueError if it marks others."""
-    length = int((mask != 0).sum())
-    if not (mask[:length] != 0).all():
-        raise ValueError("`prefix_mask` of a packed row must be ones, then zeros, in each document")
-    return length
+def number_runs(inside: np.ndarray) -> np.ndarray:
+    """Boolean [tokens] to int64: k on the k-th run of True, 0 elsewhere."""
+    starts = np.diff(inside.astype(np.int64), prepend=0) > 0
+    return starts.cumsum() * inside
+
+
+def read_prompts(mask: np.ndarray) -> np.ndarray:
+    """The `prefix_mask` of a document, k on the k-th prompt. ValueError if a number comes back or they fall."""
+    edges = np.flatnonzero(np.diff(mask, prepend=0))
+    numbers = mask[edges][mask[edges] != 0]
+    if (mask < 0).any() or (np.diff(numbers, prepend=0) <= 0).any():
+        raise ValueError(
+            "`prefix_mask` of a packed row must be 1 on the first prompt of a document, 2 on the second, and so on, "
+            "and 0 elsewhere"
+        )
+    return mask
 
 
 def cut_by_documents(document_ids: np.ndarray) -> list[slice]:

@@ -156,18 +156,18 @@ class DataCollatorForGLM(DataCollatorForCausalLM):
             return 1
         return most_spans(tokens, self.mask_fraction, self.mean_span_length)
 
-    def _prefix_length(self, piece: Piece, epoch: int) -> int:
+    def _prompts(self, piece: Piece, epoch: int) -> np.ndarray:
         # What a row keeps with `fixed_prefixes`: that its draws are those of epoch 0.
-        return 0
+        return np.zeros_like(piece.input_ids)
 
     def _read(self, sample: Any) -> tuple[list[Piece], bool]:
         ids, scored, columns = self._ids_and_scored(sample)
-        is_row, is_fixed = "document_ids" in columns, "prefix_mask" in columns
+        is_row, fixed = "document_ids" in columns, columns.get("prefix_mask")
         if not is_row:
             parts = self._fit(scored)
         elif not self.packing:
             raise ValueError("a sample with `document_ids` is a packed row; this collator has `packing=False`")
-        elif is_fixed and columns["prefix_mask"].any():
+        elif fixed is not None and fixed.any():
             raise ValueError("a packed row holds the prefixes of another collator in `prefix_mask`")
         else:
             parts = cut_by_documents(columns["document_ids"])
@@ -179,7 +179,7 @@ class DataCollatorForGLM(DataCollatorForCausalLM):
                 )
         maskable = scored & ~look_up(self._special, ids)
         labels = np.where(maskable, ids, IGNORE_INDEX)
-        return [Piece(ids[part], labels[part], 0 if is_fixed else None) for part in parts], is_row
+        return [Piece(ids[part], labels[part], fixed if fixed is None else fixed[part]) for part in parts], is_row
 
     def _fit(self, scored: np.ndarray) -> list[slice]:
         count, longest = len(scored), self._longest
@@ -197,7 +197,7 @@ class DataCollatorForGLM(DataCollatorForCausalLM):
         return [[pieces[index] for index in row] for row in best_fit_decreasing(slots, self.max_length - 1)]
 
     def _document(self, piece: Piece) -> GLMSample:
-        draw = draws(self.seed, self.epoch if piece.prefix_length is None else 0, piece.input_ids)
+        draw = draws(self.seed, self.epoch if piece.prefix_mask is None else 0, piece.input_ids)
         kind = self._kinds[int(np.searchsorted(self._kind_cdf, draw(1)[0], side="right"))]
         spans = self._spans(kind, piece, draw)
         return corrupt(
