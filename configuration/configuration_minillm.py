@@ -39,6 +39,8 @@ if parse(transformers.__version__) < parse(OLDEST_TRANSFORMERS):
 
 FIELD_OWNERS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "prompt_is_prefix": ("attention_type", ("prefix",)),
+    "answer_start_token_id": ("attention_type", ("prefix",)),
+    "turn_token_ids": ("attention_type", ("prefix",)),
     "mask_token_id": ("attention_type", ("prefix",)),
     "gmask_token_id": ("attention_type", ("prefix",)),
     "smask_token_id": ("attention_type", ("prefix",)),
@@ -65,7 +67,15 @@ POSITIVE_FIELDS = (
 UNIT_INTERVAL_FIELDS = (
     "attention_dropout hidden_dropout embedding_dropout embedding_gradient_scale router_jitter_noise".split()
 )
-TOKEN_FIELDS = "bos_token_id eos_token_id mask_token_id gmask_token_id smask_token_id sop_token_id".split()
+TOKEN_FIELDS = (
+    "bos_token_id eos_token_id mask_token_id gmask_token_id smask_token_id sop_token_id answer_start_token_id "
+    "turn_token_ids"
+).split()
+NO_DECODER_FIELDS = (
+    "is_encoder_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder pruned_heads "
+    "chunk_size_feed_forward"
+).split()
+"""transformers' own fields for models of other kinds, which no part of this one reads."""
 
 
 def tensor_parallel_plan(mlp_type: str, qk_norm: bool) -> dict[str, str]:
@@ -101,9 +111,14 @@ class MiniLLMConfig(PreTrainedConfig):
 
         attention_type (`str`, defaults to `"causal"`): `causal`; `prefix` (tokens inside `prefix_mask` see one
             another in both directions, the rest is causal: GLM, arXiv 2103.10360); `bidirectional` (encoder).
-        sliding_window (`int`, *optional*): a token sees the last `sliding_window` slots, itself included (both ways if
-            bidirectional); inside a prefix block everything stays visible.
+        sliding_window (`int`, *optional*): a token sees the last `sliding_window` tokens, itself included (both ways
+            if bidirectional), from 2 on; inside a prefix block everything stays visible. Padding between real tokens,
+            which would count, is refused.
         prompt_is_prefix (`bool`, defaults to `True`): whether `generate()` takes the prompt as the prefix.
+        answer_start_token_id (`int`, *optional*), turn_token_ids (`list[int]`, *optional*): tokens of a chat by which
+            `generate()` tells prompts from answers: an answer begins after `answer_start_token_id` and ends with
+            `eos_token_id` or before the next of `turn_token_ids` (all roles); all else is prompt, each run of it a
+            bidirectional block of its own. Without them the whole prompt is one.
         qk_norm (`bool`, defaults to `False`): normalise queries and keys per head, before RoPE (arXiv 2302.05442).
         attention_qkv_bias, attention_out_bias (`bool`, default to `False`): biases of the q/k/v and output projection.
         attention_dropout (`float`, defaults to 0): dropout on attention probabilities.
@@ -194,6 +209,8 @@ class MiniLLMConfig(PreTrainedConfig):
     attention_type: Literal["causal", "prefix", "bidirectional"] = "causal"
     sliding_window: int | None = None
     prompt_is_prefix: bool = True
+    answer_start_token_id: int | None = None
+    turn_token_ids: list[int] | None = None
     qk_norm: bool = False
     attention_qkv_bias: bool = False
     attention_out_bias: bool = False
@@ -401,6 +418,22 @@ class MiniLLMConfig(PreTrainedConfig):
                 f"`alibi_rounding={fields.alibi_rounding!r}` and `attention_type={fields.attention_type!r}`: this "
                 "rounding is defined by key position alone, which only a causal mask allows; "
                 "set `alibi_rounding='none'`",
+            ),
+            (
+                fields.sliding_window == 1,
+                "`sliding_window=1`: a token would see itself alone; set it to 2 or more, or leave it out",
+            ),
+            (
+                (fields.answer_start_token_id is None) != (not fields.turn_token_ids),
+                f"`answer_start_token_id={fields.answer_start_token_id}` and `turn_token_ids={fields.turn_token_ids}`"
+                ": give both (the token that starts an answer, and those that start a turn of any role), or neither",
+            ),
+            *(
+                (
+                    bool(getattr(fields, name, None)),
+                    f"`{name}={getattr(fields, name, None)!r}` has no meaning in a decoder-only model: leave it out",
+                )
+                for name in NO_DECODER_FIELDS
             ),
             (
                 fields.scale_residual_init and fields.norm_placement == "deepnorm",

@@ -107,6 +107,11 @@ def _check_channels(config: PreTrainedConfig, rope: dict[str, Any], rope_type: s
             f"`head_dim={config.head_dim}` with `partial_rotary_factor={fraction}` gives {rotary_dim} rotary "
             f"channels; they must be a multiple of {axis_dim} (`rope_2d={config.rope_2d}`) and at most `head_dim`"
         )
+    if rope_type == "dynamic" and rotary_dim == 2:
+        raise ValueError(
+            "`rope_type='dynamic'` with 2 rotary channels: a single frequency has no base to stretch; rotate more "
+            "channels or set another `rope_type`"
+        )
     if config.rope_2d and fraction != 1.0:
         raise ValueError("`rope_2d=True` rotates all channels: leave `partial_rotary_factor` out of `rope_parameters`")
     if config.rope_2d and rope_type not in ("default", "linear", "ntk"):

@@ -10,6 +10,7 @@ from minillm.modeling_minillm import (
     MiniLLMModel,
     MiniLLMPreTrainedModel,
 )
+from minillm.prompts import find_prompts, number_prompts
 from minillm.registration import register
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 from minillm.version import __version__
@@ -27,4 +28,6 @@ __all__ = [
     "MiniLLMPreTrainedModel",
     "MiniLLMTokenizer",
     "__version__",
+    "find_prompts",
+    "number_prompts",
 ]

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from minillm.blocked_attention import BlockedMask, blocked_attention
 from minillm.cache import CACHE_NAME
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.layout import effective_window
 from minillm.normalization import NORMS, identity
 from minillm.positions import FoldedBias, PositionBias, apply_rotary, pair_swap
 
@@ -65,7 +66,7 @@ class MiniLLMAttention(nn.Module):
         self.num_key_value_groups = heads // key_heads
         self.scaling = head_dim**-0.5
         self.is_causal = config.attention_type != "bidirectional"
-        self.sliding_window = config.sliding_window
+        self.sliding_window = effective_window(config)
         self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)

@@ -6,6 +6,7 @@ A combination that is not refused here equals the naive reference in outputs and
 from typing import NamedTuple
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.positions import follows_length
 
 DIRECTIONS = ("forward", "backward", "generate")
 
@@ -14,9 +15,15 @@ FLEX_CPU_REASON = (
     "use 'sdpa' or 'eager', or a CUDA device"
 )
 FLASH_REASON = "flash attention kernels take lengths, not masks or biases; use 'sdpa', 'flex_attention' or 'eager'"
-OTHER_REASON = (
-    "a back end that MiniLLM does not know, and a paged cache, compute plain causal attention only; "
-    "use 'sdpa' or 'eager'"
+OTHER_REASON = "a back end that MiniLLM does not know computes plain causal attention only; use 'sdpa' or 'eager'"
+ENGINE_REASON = (
+    "an engine that runs many requests in one row over a paged cache (vLLM, SGLang, continuous batching) computes "
+    "plain causal attention only; use `generate()` with 'sdpa' or 'eager', or `transformers serve` without "
+    "`--continuous-batching`"
+)
+ENGINE_LENGTH_REASON = (
+    "in an engine that runs many requests in one row over a paged cache (vLLM, SGLang, continuous batching) RoPE "
+    "cannot follow the length of each text; use `generate()` with 'sdpa' or 'eager'"
 )
 FLASH_CPU_REASON = "flash attention kernels need a CUDA device"
 FLEX_DROPOUT_REASON = (
@@ -40,6 +47,11 @@ REFUSALS = (
         Refusal(feature, "other", "*", "*", OTHER_REASON)
         for feature in ("prefix", "bidirectional", "bias", "window", "documents")
     ),
+    *(
+        Refusal(feature, "engine", "*", "*", ENGINE_REASON)
+        for feature in ("prefix", "bidirectional", "bias", "window")
+    ),
+    Refusal("rope_by_length", "engine", "*", "*", ENGINE_LENGTH_REASON),
     Refusal("any", "flash", "cpu", "*", FLASH_CPU_REASON),
     Refusal("any", "flex", "cpu", "backward", FLEX_CPU_REASON),
     Refusal("any", "flex", "cpu", "generate", FLEX_CPU_REASON),
@@ -53,12 +65,19 @@ KINDS = {
     "flash_attention_2": "flash",
     "flash_attention_3": "flash",
     "flash_attention_4": "flash",
+    "vllm": "engine",
+    "sglang": "engine",
+    "paged": "engine",
 }
 
 
 def kind_of(implementation: str | None) -> str:
-    """The kind of a back end by its name: eager, sdpa, flex, flash or other."""
-    return KINDS.get(implementation or "sdpa", "other")
+    """The kind of a back end by its name: eager, sdpa, flex, flash, other, or engine.
+
+    An engine keeps the requests that it lays in one row apart by itself: restarting positions are no packing there.
+    transformers' continuous batching calls its back ends `paged|eager` and the like.
+    """
+    return KINDS.get((implementation or "sdpa").split("|")[0], "other")
 
 
 def features_of(config: MiniLLMConfig) -> frozenset[str]:
@@ -70,6 +89,7 @@ def features_of(config: MiniLLMConfig) -> frozenset[str]:
         "bias": config.position_embedding_type in ("alibi", "sandwich"),
         "window": config.sliding_window is not None,
         "dropout": config.attention_dropout > 0,
+        "rope_by_length": follows_length(config),
     }
     return frozenset(name for name, on in wanted.items() if on)
 

@@ -1,5 +1,6 @@
 """How a prefix travels through `generate()`: small hooks around transformers' own generation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,31 +8,16 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from minillm.cache import CACHE_NAME
-from minillm.capabilities import check
+from minillm.capabilities import check, refusal
+from minillm.checks import require, require_integers
 from minillm.infilling import continue_positions, glm_inputs
-from minillm.layout import require, require_integers
 from minillm.positions import POSITION_BIASES
+from minillm.prompts import find_prompts, number_prompts
 
 logger = logging.get_logger(__name__)
 
 ASSISTANT_PREFIX = "assistant_prefix_mask"
 """The keyword under which an assistant model is handed the prefix of the first prompt."""
-
-
-def number_blocks(prefix_mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Numbers the runs of ones of a prefix mask [batch, length], so that each turn's prompt is a block of its own.
-
-    The run at the first real token of a row is 1, later ones are 2, 3, ...; padding (0 in `attention_mask`, of the
-    same shape) neither ends a run nor belongs to one.
-    """
-    mask = (prefix_mask != 0).long()
-    index = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    real = torch.ones_like(mask, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-    last_real = torch.where(real, index, -1).cummax(-1).values
-    carried = torch.where(last_real < 0, 0, mask.gather(1, last_real.clamp(min=0)))
-    rises = (carried.diff(dim=-1, prepend=torch.zeros_like(carried[:, :1])) > 0).long()
-    starts_outside = 1 - mask.gather(1, real.long().argmax(-1, keepdim=True))
-    return (rises.cumsum(-1) + starts_outside) * mask * real
 
 
 class MiniLLMGenerationMixin:
@@ -75,17 +61,28 @@ class MiniLLMGenerationMixin:
         if first_prompt is not None:
             mask = torch.nn.functional.pad(first_prompt, (0, prompt.shape[1] - first_prompt.shape[1]))
         elif mask is None and self.config.attention_type == "prefix" and self.config.prompt_is_prefix:
-            mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+            mask = self._default_prefix(prompt, model_kwargs.get("attention_mask"))
             cache = model_kwargs.get(CACHE_NAME)
             if isinstance(cache, Cache):
                 mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= cache.get_seq_length())
         if mask is not None:
             padding = model_kwargs.get("attention_mask")
             padding = padding if padding is not None and padding.shape == mask.shape else None
-            model_kwargs["prefix_mask"] = number_blocks(mask, padding)
+            model_kwargs["prefix_mask"] = number_prompts(mask, padding)
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
+
+    def _default_prefix(self, prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """What is read as prompts [batch, length]: all of `prompt` (ids [batch, length] or embeddings), less the
+        answers that a chat's tokens tell of."""
+        config = self.config
+        if config.answer_start_token_id is None or prompt.is_floating_point():
+            return torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = [token for token in ends if token is not None]
+        padding = attention_mask if attention_mask is not None and attention_mask.shape == prompt.shape else None
+        return find_prompts(prompt, config.answer_start_token_id, config.turn_token_ids, ends, padding)
 
     def _check_per_token(self, prompt: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """Checks the per-token inputs of a whole prompt [batch, length, ...]."""
@@ -104,7 +101,7 @@ class MiniLLMGenerationMixin:
                     f"`{name}` has shape {list(values.shape)}; generate() expects {list(prompt.shape[:2])}, "
                     "one entry per token of the whole prompt"
                 )
-            require_integers(name, values)
+            require_integers(name, values, allow_bool=name == "prefix_mask")
             require(values >= 0, f"`{name}` holds a negative value")
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
@@ -171,10 +168,25 @@ class MiniLLMGenerationMixin:
         missing = kwargs[CACHE_NAME].get_max_length() - attention_mask.shape[1]
         return torch.nn.functional.pad(attention_mask, (0, max(0, missing)))
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def init_continuous_batching(self) -> Callable[..., Any]:
+        """transformers' own, absent where a paged cache cannot serve the variant: `transformers serve` looks for it,
+        and answers request by request without it."""
+        reason = refusal(self.config, "paged")
+        if reason is not None:
+            logger.warning_once(f"continuous batching is off for this model: {reason}")
+            raise AttributeError(reason)
+        return super().init_continuous_batching
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses, before a batch is made, the variants that a paged cache cannot serve."""
         check(self.config, "paged")
-        return super().init_continuous_batching(*args, **kwargs)
+        return super().generate_batch(*args, **kwargs)
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses as `generate_batch` does."""
+        check(self.config, "paged")
+        return super().continuous_batching_context_manager(*args, **kwargs)
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]

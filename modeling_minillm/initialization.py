@@ -41,9 +41,9 @@ def initialize(module: nn.Module, std: float) -> None:
         std: `initializer_range`.
     """
     if isinstance(module, MiniLLMRotaryEmbedding):
-        inv_freq, module.attention_scaling = module.compute_inv_freq()
-        init.copy_(module.inv_freq, inv_freq)
-        init.copy_(module.original_inv_freq, inv_freq)
+        tables, module.attention_scaling = module.compute_tables()
+        for name, table in tables.items():
+            init.copy_(getattr(module, name), table)
     elif isinstance(module, MiniLLMRouter):
         init.normal_(module.weight, std=std)
     elif isinstance(module, MiniLLMExperts):

@@ -9,37 +9,24 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
+from minillm.checks import check_padding, check_positions, check_prompts, check_window, require, require_shape
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.positions import POSITION_TABLES
+
+logger = logging.get_logger(__name__)
 
 LOWEST = torch.iinfo(torch.int64).min
 SHORT = 128
 """Up to this length a mask on CPU is one block."""
 
 
-def require(ok: torch.Tensor, message: str) -> None:
-    """Raises ValueError(message) unless `ok` holds everywhere: at once on CPU, by a device assertion on CUDA (no
-    synchronisation), not at all while a graph is traced."""
-    if is_tracing(ok):
-        return
-    if ok.device.type == "cpu":
-        if not bool(ok.all()):
-            raise ValueError(message)
-    elif ok.device.type == "cuda":
-        torch._assert_async(ok.all(), message)
-
-
-def require_shape(name: str, tensor: torch.Tensor, batch: int, lengths: tuple[int, ...], meaning: str) -> None:
-    if tensor.ndim != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] not in lengths:
-        allowed = " or ".join(f"[{batch}, {length}]" for length in dict.fromkeys(lengths))
-        raise ValueError(f"`{name}` has shape {list(tensor.shape)}; expected {allowed} ({meaning})")
-
-
-def require_integers(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point():
-        raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected bool or an integer type")
+def effective_window(config: MiniLLMConfig) -> int | None:
+    """The sliding window, or None if it reaches beyond the longest index."""
+    window = config.sliding_window
+    return None if window is None or window > torch.iinfo(torch.int32).max else window
 
 
 class Layout:
@@ -48,6 +35,7 @@ class Layout:
     Attributes:
         real: boolean [B, slots], False at padding; None if every slot is real.
         documents: [B or 1, Q], non-decreasing, padding carries the document before it; None for a single document.
+        restarts: boolean [B or 1, Q], where positions alone say that a document begins; None if something else says.
         blocks: [B, Q], the number of a token's bidirectional block, 0 outside; None without a prefix.
         position_ids: [B or 1, Q] on the first axis.
     """
@@ -56,6 +44,7 @@ class Layout:
         self.config = config
         self.batch, self.query_length = inputs_embeds.shape[:2]
         self.device = inputs_embeds.device
+        self.window = effective_window(config)
         self.fixed_size = getattr(cache, "is_compileable", False)
         self.query_offset: int | torch.Tensor = 0
         self.key_length, self.key_offset = self.query_length, 0
@@ -67,8 +56,10 @@ class Layout:
         self.is_fresh = isinstance(self.query_offset, int) and self.query_offset == 0
         self.real: torch.Tensor | None = None
         self.documents: torch.Tensor | None = None
+        self.restarts: torch.Tensor | None = None
         self.blocks: torch.Tensor | None = None
         self.given_positions: torch.Tensor | None = None
+        self.block_position_ids: torch.Tensor | None = None
 
     @property
     def query_slots(self) -> torch.Tensor:
@@ -89,12 +80,16 @@ class Layout:
         exact = isinstance(self.query_offset, int) and not self.fixed_size
         lengths = (count,) if exact else (max(count, length),)
         require_shape("attention_mask", attention_mask, self.batch, lengths, "cached and new tokens")
-        real = attention_mask.to(device=self.device, dtype=torch.bool)
+        attention_mask = attention_mask.to(self.device)
+        check_padding(attention_mask)
+        real = attention_mask.to(torch.bool)
         if isinstance(self.query_offset, int):
             real = real[:, :count]
             if not is_tracing(real) and bool(real.all()):
                 return
         self.real = real
+        if self.window is not None:
+            check_window(real)
 
     def at_queries(self, per_slot: torch.Tensor) -> torch.Tensor:
         """The columns of the new tokens."""
@@ -120,7 +115,6 @@ class Layout:
 
     def set_documents(self, document_ids: torch.Tensor) -> None:
         require_shape("document_ids", document_ids, self.batch, (self.query_length,), "the tokens that go in")
-        require_integers("document_ids", document_ids)
         if isinstance(self.query_offset, int) and self.query_offset > 0:
             raise ValueError(
                 f"`document_ids` were given with a cache that holds {self.query_offset} tokens: documents are packed "
@@ -147,7 +141,28 @@ class Layout:
         if isinstance(self.query_offset, torch.Tensor):
             lengths = (self.query_length, max(self.query_length, position_ids.shape[-1]))
         require_shape("position_ids", position_ids, self.batch, lengths, "new tokens, or cached and new tokens")
-        self.given_positions = position_ids.to(self.device)
+        position_ids = position_ids.to(self.device)
+        real = self.real_new()
+        check_positions("position_ids", position_ids[:, -self.query_length :], real, self.table_size(0))
+        if real is not None and self.table_size(0) is not None:
+            # What stands at padding is read from the table all the same.
+            new = torch.where(real, position_ids[:, -self.query_length :], 0)
+            cached = position_ids[:, : -self.query_length].expand(new.shape[0], -1)
+            position_ids = torch.cat((cached, new), dim=-1)
+        self.given_positions = position_ids
+
+    def set_block_positions(self, block_position_ids: torch.Tensor) -> None:
+        """Takes positions of the new tokens on the second axis, [B or 1, Q]."""
+        lengths = (self.query_length,)
+        require_shape("block_position_ids", block_position_ids, self.batch, lengths, "the tokens that go in")
+        block_position_ids, real = block_position_ids.to(self.device), self.real_new()
+        check_positions("block_position_ids", block_position_ids, real, self.table_size(1))
+        self.block_position_ids = block_position_ids if real is None else torch.where(real, block_position_ids, 0)
+
+    def table_size(self, axis: int) -> int | None:
+        """Rows of the learned table of a position axis; None without one."""
+        tables = POSITION_TABLES.get(self.config.position_embedding_type, ())
+        return self.config.position_table_size if axis < len(tables) else None
 
     def may_be_packed(self, attention_mask: torch.Tensor | None, block_position_ids: torch.Tensor | None) -> bool:
         """Whether restarting positions would say, and nothing else says, that a row holds several documents."""
@@ -159,44 +174,23 @@ class Layout:
         """A document begins wherever `position_ids` restart at 0. The values are looked at in eager mode; a traced
         graph builds the documents whether or not there is more than one."""
         starts = (self.given_positions == 0) & (torch.arange(self.query_length, device=self.device) > 0)
-        if is_tracing(starts) or bool(starts.any()):
-            self.documents = starts.long().cumsum(-1)
+        if not is_tracing(starts):
+            if not bool(starts.any()):
+                return
+            if bool((starts[:, 1:] & starts[:, :-1]).any()):
+                logger.warning_once(
+                    "`position_ids` hold a run of zeros, read as packed documents of one token each, since neither "
+                    "`document_ids` nor an `attention_mask` came along. If the zeros stand at padding, pass the "
+                    "`attention_mask`; if documents are meant, pass `document_ids`."
+                )
+        self.restarts, self.documents = starts, starts.long().cumsum(-1)
 
     def set_prefix(self, prefix_mask: torch.Tensor) -> None:
-        """Reads a prefix mask [B, Q]: 1 on a document's prefix, then 0. `generate()` numbers later blocks 2, 3, ..."""
+        """Reads a prefix mask [B, Q]: k on the k-th prompt of a document, 0 outside."""
         require_shape("prefix_mask", prefix_mask, self.batch, (self.query_length,), "the tokens that go in")
-        require_integers("prefix_mask", prefix_mask)
-        blocks = prefix_mask.to(self.device, torch.int64).expand(self.batch, -1)
-        real = self.real_new()
-        if real is not None:
-            blocks = blocks * real
-        if not is_tracing(blocks):
-            self._require_blocks(blocks, real)
-        self.blocks = blocks
-
-    def _require_blocks(self, blocks: torch.Tensor, real: torch.Tensor | None) -> None:
-        message = (
-            "`prefix_mask` is not a prefix within its document: over the real tokens of each document it must be "
-            "ones, then zeros"
-        )
-        require(blocks >= 0, "`prefix_mask` holds a negative value; it is 1 inside the prefix and 0 outside")
-        starts = torch.zeros_like(blocks, dtype=torch.bool)
-        if self.documents is not None:
-            starts[:, 1:] = (self.documents[:, 1:] != self.documents[:, :-1]).expand(self.batch, -1)
-        # One rising key per row: document number times a stride, plus the block number seen so far.
-        key = starts.long().cumsum(-1) * (blocks.max() + 2) + blocks
-        seen = F.pad(key.cummax(-1).values[:, :-1], (1, 0), value=-1)
-        index = torch.arange(self.query_length, device=self.device).expand(self.batch, -1)
-        if real is not None:
-            index = torch.where(real, index, -1)
-        previous = F.pad(index.cummax(-1).values[:, :-1], (1, 0), value=-1)
-        first = previous < 0
-        same = blocks.gather(1, previous.clamp(min=0)) == blocks
-        if self.documents is not None:
-            documents = self.documents.expand(self.batch, -1)
-            fresh_document = documents.gather(1, previous.clamp(min=0)) != documents
-            first, same = first | fresh_document, same & ~fresh_document
-        require((blocks == 0) | first | same | ((blocks > 1) & (key > seen)), message)
+        blocks, real = prefix_mask.to(self.device, torch.int64).expand(self.batch, -1), self.real_new()
+        check_prompts(blocks, real, self.documents)
+        self.blocks = blocks if real is None else blocks * real
 
     @property
     def position_ids(self) -> torch.Tensor:
@@ -234,13 +228,29 @@ class Layout:
         new = self.new_at_keys(self.position_ids)
         return torch.where(self.key_slots >= self.query_offset, new, counted)
 
+    def document_lengths(self) -> torch.Tensor:
+        """The largest position of each token's document in its row, cached keys included, plus one: [B or 1, Q], or
+        [B or 1, 1] for a single document."""
+        if self.documents is None:
+            # Unwritten places of a fixed-size cache lie behind the new tokens.
+            seen = (self.key_slots < self.query_offset + self.query_length)[None]
+            seen = seen if self.real is None else seen & self.at_keys(self.real)
+            return torch.where(seen, self.key_positions, 0).amax(-1, keepdim=True) + 1
+        real = self.real_new()
+        positions = self.position_ids if real is None else torch.where(real, self.position_ids, 0)
+        # Documents numbered from 0: [B, Q]
+        number = F.pad(self.documents.diff(dim=-1) != 0, (1, 0)).long().cumsum(-1)
+        positions, number = torch.broadcast_tensors(positions, number)
+        largest = torch.zeros_like(positions).scatter_reduce(1, number, positions, "amax")
+        return largest.gather(1, number) + 1
+
     def mask_mod(self) -> tuple[Callable, int]:
         """The mask as a predicate over (batch, head, query, key) indices, and the number of batch rows that differ.
 
         (causal and window, or in the same block), in the same document, at a real key. A token always sees itself, so
         that no row of a padding token is empty.
         """
-        config, window = self.config, self.config.sliding_window
+        config, window = self.config, self.window
         query_offset, key_offset = self.query_offset, self.key_offset
         bidirectional = config.attention_type == "bidirectional"
         facts = {
@@ -286,10 +296,9 @@ class Layout:
 
     def is_plain(self) -> bool:
         """Whether the mask is all of a causal (or full) square, or a last row that sees every key."""
-        window = self.config.sliding_window
         if any(fact is not None for fact in (self.real, self.documents, self.blocks)):
             return False
-        if window is not None and self.key_length > window:
+        if self.window is not None and self.key_length > self.window:
             return False
         if self.query_length == 1:
             return not self.fixed_size and self.key_length == self.query_offset - self.key_offset + 1
@@ -313,9 +322,7 @@ def lay_out(
     if position_ids is not None:
         layout.set_positions(position_ids)
     if block_position_ids is not None:
-        lengths = (layout.query_length,)
-        require_shape("block_position_ids", block_position_ids, layout.batch, lengths, "the tokens that go in")
-        require_integers("block_position_ids", block_position_ids)
+        layout.set_block_positions(block_position_ids)
     if document_ids is not None:
         layout.set_documents(document_ids)
     elif layout.may_be_packed(attention_mask, block_position_ids):
@@ -327,13 +334,6 @@ def lay_out(
                 "only a model with `attention_type='prefix'` has a bidirectional prefix"
             )
         layout.set_prefix(prefix_mask)
-    size = config.position_table_size
-    axes = (("position_ids", layout.position_ids), ("block_position_ids", block_position_ids))
-    for name, positions in axes[: len(POSITION_TABLES.get(config.position_embedding_type, ()))]:
-        if positions is not None:
-            require(
-                (positions >= 0) & (positions < size),
-                f"`{name}` reach beyond the table of learned positions (`position_table_size={size}`): "
-                "shorten the input or use a position scheme without a table",
-            )
+    if position_ids is None and layout.table_size(0) is not None:
+        check_positions("position_ids", layout.position_ids, None, layout.table_size(0))
     return layout

@@ -15,10 +15,19 @@ from transformers.utils.import_utils import is_tracing
 
 from minillm.blocked_attention import Block, BlockedMask, Scores, autocast_dtype
 from minillm.cache import CACHE_NAME
-from minillm.capabilities import check, kind_of
+from minillm.capabilities import check, kind_of, refusal
+from minillm.checks import check_own_mask, require
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.layout import Layout, lay_out
-from minillm.positions import LONGEST_FOLD, POSITION_BIASES, FoldedBias, PositionBias, fold_alibi, is_foldable
+from minillm.positions import (
+    LONGEST_FOLD,
+    POSITION_BIASES,
+    FoldedBias,
+    PositionBias,
+    fold_alibi,
+    follows_length,
+    is_foldable,
+)
 
 LONGEST_PLAIN = 1024
 """Beyond this length SDPA's own way with plain causal attention is faster on CPU than blocks."""
@@ -26,14 +35,22 @@ FOLDING_DEVICES = ("cuda",)
 """Where SDPA has kernels for 16 bits that a mask would keep from running; on CPU blocks serve."""
 
 
+Mask = torch.Tensor | BlockMask | BlockedMask | None
+"""Boolean [B or 1, 1, Q, K], additive [B or 1, 1 or H, Q, K], a BlockMask, a BlockedMask, or None for plain causal."""
+
+Bias = PositionBias | FoldedBias | None
+"""The bias where it is not in the mask: in closed form for flex, or folded for SDPA."""
+
+
 class AttentionInputs(NamedTuple):
-    """What every layer's attention gets: positions [B or 1, Q], a mask (boolean [B or 1, 1, Q, K], additive
-    [B or 1, 1 or H, Q, K], a BlockMask, a BlockedMask, or None for plain causal) and, where it is not in the mask, the
-    bias: in closed form for flex, or folded for SDPA."""
+    """What is known once per forward: positions on both axes [B or 1, Q], the length of each token's document
+    [B or 1, Q or 1] for RoPE that follows it, and the mask and bias that every layer's attention gets."""
 
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor | BlockMask | BlockedMask | None
-    position_bias: PositionBias | FoldedBias | None
+    block_position_ids: torch.Tensor | None
+    lengths: torch.Tensor | None
+    attention_mask: Mask
+    position_bias: Bias
 
 
 def dense_mask(layout: Layout) -> torch.Tensor:
@@ -126,8 +143,8 @@ def build_attention_inputs(
     a paged cache keeps the texts of a row apart.
 
     Raises:
-        ValueError: for a wrong shape, a prefix that is none, decreasing documents, positions beyond a table, or a
-            back end that cannot honour the variant.
+        ValueError: for an input of another dtype, shape or range (see `minillm.checks`), a prefix that is none,
+            decreasing documents, or a back end that cannot honour the variant.
     """
     layout = lay_out(
         config,
@@ -139,61 +156,87 @@ def build_attention_inputs(
         document_ids,
         block_position_ids,
     )
-    implementation, kind = config._attn_implementation, kind_of(config._attn_implementation)
-    device = inputs_embeds.device.type
-    # transformers' flash attention keeps documents apart by itself where positions restart, in a single row only.
-    alone = paged or (kind == "flash" and layout.batch == 1) or is_tracing(inputs_embeds)
-    is_packed = document_ids is not None or (layout.documents is not None and not alone)
-    extra = ("documents",) if is_packed else ()
+    check_back_end(layout, inputs_embeds, document_ids is not None, paged)
+    # A paged cache's own mask spans keys that only the cache knows.
+    own = paged and attention_mask is not None and len(attention_mask.shape) == 4
+    mask, bias = (attention_mask, None) if own else mask_and_bias(layout, inputs_embeds, attention_mask, cache)
+    lengths = layout.document_lengths() if follows_length(config) else None
+    return AttentionInputs(layout.position_ids, layout.block_position_ids, lengths, mask, bias)
+
+
+def check_back_end(layout: Layout, inputs_embeds: torch.Tensor, has_document_ids: bool, paged: bool) -> None:
+    """Refuses a variant, or documents, that the chosen back end cannot honour: at once where it is known, also while
+    tracing; by an assertion of the device where positions tell of documents in a traced graph."""
+    config, device = layout.config, inputs_embeds.device.type
+    if device == "meta":
+        return
+    implementation = config._attn_implementation
+    kind = kind_of(implementation)
     direction = "backward" if torch.is_grad_enabled() and inputs_embeds.requires_grad else "forward"
-    if device != "meta":
-        check(config, implementation, device, direction, extra)
-    positions = layout.position_ids
+    # Engines keep the requests in a row apart by themselves, and so does transformers' flash attention where positions
+    # restart, in a single row only.
+    apart = paged or kind == "engine" or (kind == "flash" and layout.batch == 1)
+    by_positions = layout.restarts is not None and not apart
+    is_known = has_document_ids or (by_positions and not is_tracing(inputs_embeds))
+    check(config, implementation, device, direction, ("documents",) if is_known else ())
+    if by_positions and not is_known:
+        reason = refusal(config, implementation, device, direction, ("documents",))
+        if reason is not None:
+            require(~layout.restarts, f"`position_ids` restart, as in packed documents: {reason}")
+
+
+def mask_and_bias(
+    layout: Layout, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | BlockMask | None, cache: Cache | None
+) -> tuple[Mask, Bias]:
+    """Mask and bias in the form that the chosen back end takes."""
+    config, kind = layout.config, kind_of(layout.config._attn_implementation)
     custom = attention_mask if attention_mask is not None and len(attention_mask.shape) != 2 else None
     dtype = autocast_dtype(inputs_embeds)
-    if custom is None and folds(layout, kind, device, dtype):
-        return AttentionInputs(positions, None, fold_alibi(config, layout.query_length, dtype, inputs_embeds.device))
+    if custom is None and folds(layout, kind, inputs_embeds.device.type, dtype):
+        return None, fold_alibi(config, layout.query_length, dtype, inputs_embeds.device)
     bias = None
     if config.position_embedding_type in POSITION_BIASES:
         scheme = POSITION_BIASES[config.position_embedding_type]
-        bias = scheme(config, positions, layout.key_positions, inputs_embeds.dtype)
+        bias = scheme(config, layout.position_ids, layout.key_positions, inputs_embeds.dtype)
     if custom is not None:
-        return _custom_mask(layout, custom, bias, kind, inputs_embeds.dtype)
-    if kind in ("flash", "other"):
+        return own_mask(layout, custom, bias, kind, inputs_embeds.dtype)
+    if kind in ("flash", "engine", "other"):
         create = create_bidirectional_mask if config.attention_type == "bidirectional" else create_causal_mask
-        return AttentionInputs(positions, create(config, inputs_embeds, attention_mask, **{CACHE_NAME: cache}), None)
+        return create(config, inputs_embeds, attention_mask, **{CACHE_NAME: cache}), None
     if kind == "flex":
-        return AttentionInputs(positions, block_mask(layout), bias)
+        return block_mask(layout), bias
     causal_square = layout.query_length > 1 and config.attention_type != "bidirectional"
     plain = bias is None and layout.is_plain()
     in_blocks = not plain or (causal_square and layout.query_length <= LONGEST_PLAIN)
     if kind == "sdpa" and layout.is_long_square() and in_blocks:
-        return AttentionInputs(positions, blocked_mask(layout, bias), None)
+        return blocked_mask(layout, bias), None
     if plain and not (kind == "eager" and causal_square):
-        return AttentionInputs(positions, None, None)
+        return None, None
     bias = None if bias is None else bias.dense()
     # A single token that sees every key needs no more than its bias.
     mask = None if layout.query_length == 1 and layout.is_plain() else dense_mask(layout)
-    return AttentionInputs(positions, combine(mask, bias, inputs_embeds.dtype), None)
+    return combine(mask, bias, inputs_embeds.dtype), None
 
 
-def _custom_mask(
+def own_mask(
     layout: Layout, mask: torch.Tensor | BlockMask, bias: PositionBias | None, kind: str, dtype: torch.dtype
-) -> AttentionInputs:
-    """Takes a caller's own 4D mask, boolean or additive [B, 1 or H, Q, K], or flex attention's own kind of mask, as
-    the whole mask."""
-    if len(mask.shape) != 4 or mask.shape[-2] != layout.query_length:
-        raise ValueError(
-            f"`attention_mask` has shape {list(mask.shape)}; expected 2D [batch, cached and new tokens] or 4D "
-            f"[batch, 1 or heads, {layout.query_length}, keys]"
-        )
+) -> tuple[Mask, Bias]:
+    """Takes a caller's own 4D mask, boolean or additive [B or 1, 1 or H, Q, K], or flex attention's own kind of mask,
+    as the whole mask."""
+    config = layout.config
+    check_own_mask(mask, layout.batch, config.num_attention_heads, layout.query_length, layout.key_length)
     for name, fact in (("prefix_mask", layout.blocks), ("document_ids", layout.documents)):
         if fact is not None:
             raise ValueError(f"`{name}` and a 4D `attention_mask` both say who sees whom: give one of them")
     if isinstance(mask, BlockMask):
         if kind != "flex":
             raise ValueError("`attention_mask` is a BlockMask, which only attn_implementation='flex_attention' reads")
-        return AttentionInputs(layout.position_ids, mask, bias)
+        return mask, bias
+    if kind not in ("eager", "sdpa", "flex"):
+        raise ValueError(
+            f"`attention_mask` is 4D, which attn_implementation={config._attn_implementation!r} does not read: "
+            "use 'sdpa' or 'eager'"
+        )
     if kind == "flex":
         if mask.shape[1] != 1:
             raise ValueError(
@@ -202,6 +245,5 @@ def _custom_mask(
             )
         if mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
-        return AttentionInputs(layout.position_ids, mask.expand(layout.batch, -1, -1, -1), bias)
-    bias = None if bias is None else bias.dense()[..., : mask.shape[-1]]
-    return AttentionInputs(layout.position_ids, combine(mask, bias, dtype), None)
+        return mask.expand(layout.batch, -1, -1, -1), bias
+    return combine(mask, None if bias is None else bias.dense(), dtype), None

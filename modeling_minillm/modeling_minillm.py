@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
-    GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from minillm.attention import MiniLLMAttention
 from minillm.cache import CACHE_NAME, one_cache, with_room
 from minillm.capabilities import check, kind_of
+from minillm.checks import check_answer_spans, check_attention_mask, check_cache, check_labels, check_tokens
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.decoding import MiniLLMDecodingMixin
 from minillm.feed_forward import MLPS, MiniLLMRouter
@@ -82,6 +83,8 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The hidden states [batch, length, hidden] that `logits_to_keep` names, as transformers understands it."""
     if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep={logits_to_keep}` is negative; it counts the last positions, 0 for all")
         return hidden_states[:, slice(-logits_to_keep, None), :]
     if logits_to_keep.dtype == torch.bool and logits_to_keep.ndim == 2:
         return hidden_states[logits_to_keep]
@@ -141,7 +144,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
 
     def __init__(self, config: MiniLLMConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # Without `padding_idx`, which would keep a token that is also the end token from learning.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         for name in POSITION_TABLES.get(config.position_embedding_type, ()):
             setattr(self, name, nn.Embedding(config.position_table_size, config.hidden_size))
         if config.embedding_norm:
@@ -194,21 +198,20 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         """
         cache = one_cache(cache, past_key_values)
         paged = any(key in kwargs for key in PAGED_KEYS)
+        if not paged:
+            check_cache(cache)
+            check_attention_mask(attention_mask)
         self._check_call(kwargs, cache, paged)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+        per_token = {"position_ids": position_ids, "prefix_mask": prefix_mask, "document_ids": document_ids}
+        check_tokens(self.config, input_ids, inputs_embeds, {**per_token, "block_position_ids": block_position_ids})
         if inputs_embeds is None:
             try:
                 inputs_embeds = self.embed_tokens(input_ids)
             except IndexError as error:
                 message = f"`input_ids` hold an id outside the vocabulary of {self.config.vocab_size} tokens"
                 raise ValueError(message) from error
-        without_prefix = prefix_mask is None and self.training and self.config.attention_type == "prefix"
-        if without_prefix and not is_tracing(inputs_embeds):
-            logger.warning_once(
-                "This prefix model is training without `prefix_mask`, so as a plain causal model: use a collator that "
-                "makes one, e.g. minillm.training.DataCollatorForPrefixLM."
-            )
+        if prefix_mask is None and self.config.attention_type == "prefix" and not is_tracing(inputs_embeds):
+            self._warn_without_prefix(inputs_embeds.shape[1], attention_mask, cache)
         if use_cache and cache is None:
             cache = with_room(DynamicCache(config=self.config))
         attention = build_attention_inputs(
@@ -222,10 +225,12 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             block_position_ids,
             paged,
         )
-        hidden_states = self._embed(inputs_embeds, attention.position_ids, block_position_ids)
+        hidden_states = self._embed(inputs_embeds, attention.position_ids, attention.block_position_ids)
         position_embeddings = None
         if self.config.position_embedding_type == "rope":
-            position_embeddings = self.rotary_emb(hidden_states, attention.position_ids, block_position_ids)
+            position_embeddings = self.rotary_emb(
+                hidden_states, attention.position_ids, attention.block_position_ids, attention.lengths
+            )
         # A cut config has part of the model decode, as a draft of its own (`assistant_early_exit`).
         for layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(
@@ -252,6 +257,24 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         if self.config.embedding_norm:
             inputs_embeds = self.embed_layernorm(inputs_embeds)
         return self.embed_dropout(inputs_embeds)
+
+    def _warn_without_prefix(self, tokens: int, attention_mask: torch.Tensor | None, cache: Cache | None) -> None:
+        """Says once that a prefix model computes what a causal one would, where that is probably not meant."""
+        if self.training:
+            logger.warning_once(
+                "This prefix model is training without `prefix_mask`, so as a plain causal model: use a collator that "
+                "makes one, e.g. minillm.training.DataCollatorForPrefixLM, or set `prompt_is_prefix=False` in its "
+                "config if it is meant to be causal."
+            )
+            return
+        is_prompt = tokens > 1 and (cache is None or cache.get_seq_length() == 0)
+        has_own_mask = attention_mask is not None and len(attention_mask.shape) == 4
+        if self.config.prompt_is_prefix and is_prompt and not has_own_mask:
+            logger.warning_once(
+                "This prefix model reads a text without `prefix_mask`, so as a plain causal model, while `generate()` "
+                "reads a prompt as its prefix: the two give different probabilities. Pass `prefix_mask` to score what "
+                "follows a prompt, or set `prompt_is_prefix=False` in its config to have both causal."
+            )
 
     def _check_call(self, kwargs: dict[str, Any], cache: Cache | None, paged: bool) -> None:
         """Refuses what this variant, or the chosen back end, would silently ignore."""
@@ -373,12 +396,18 @@ class MiniLLMForCausalLM(
             **kwargs,
         )
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
-        if skips_logits(self, skip_logits, hidden_states, labels, logits_to_keep):
-            loss = causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
-        else:
+        skips = skips_logits(self, skip_logits, hidden_states, labels, logits_to_keep)
+        if not skips:
             logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None and self.loss_function is ForCausalLMLoss:
+            shape = hidden_states.shape[:-1] if skips else logits.shape[:-1]
+            for name, values in (("labels", labels), ("shift_labels", kwargs.get("shift_labels"))):
+                if values is not None:
+                    check_labels(name, values, shape, self.config.vocab_size, kwargs.get("ignore_index", -100))
+        if skips:
+            loss = causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
+        elif labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return self.output_class(
             **join_router_loss(self.config, loss, outputs, attention_mask, self.model.gradient_checkpointing),
             logits=logits,
@@ -388,9 +417,104 @@ class MiniLLMForCausalLM(
         )
 
 
-class PerTokenInputs:
-    """Names the per-token inputs in the signature of a generic head: Trainer drops every column that it cannot see
-    there."""
+class MiniLLMForSequenceClassification(MiniLLMPreTrainedModel):
+    """The decoder with a class per text, read at its last real token."""
+
+    def __init__(self, config: MiniLLMConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MiniLLMModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        block_position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """As `MiniLLMModel.forward`; `labels` are a class [batch], or values for regression or several labels. Which
+        token is the last one says a 2D `attention_mask`; without it, the padding token."""
+        refuse_router_logits(self.config, kwargs)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=one_cache(cache, past_key_values),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            prefix_mask=prefix_mask,
+            document_ids=document_ids,
+            block_position_ids=block_position_ids,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        last = last_real_token(hidden_states, input_ids, attention_mask, self.config.pad_token_id)
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        logits = self.score(hidden_states[rows, last])
+        loss = None
+        if labels is not None:
+            is_class = self.num_labels > 1 and not labels.is_floating_point()
+            if is_class and self.config.problem_type in (None, "single_label_classification"):
+                check_labels("labels", labels.flatten(), logits.shape[:1], self.num_labels)
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def last_real_token(
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pad_token_id: int | None,
+) -> torch.Tensor | int:
+    """The index [batch] of the last real token of each row of `hidden_states` [batch, Q, hidden].
+
+    A 2D mask [batch, cached + Q] says what is real, since the padding token may be the end token as well. Without one
+    it is the last token that is not `pad_token_id`, as in transformers.
+    """
+    count = hidden_states.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask[:, -count:].to(hidden_states.device) != 0
+    elif input_ids is not None and pad_token_id is not None:
+        real = input_ids.to(hidden_states.device) != pad_token_id
+    elif hidden_states.shape[0] > 1 and pad_token_id is None:
+        raise ValueError(
+            "a batch of several texts without `attention_mask`, and no `pad_token_id` in the config: pass the mask, "
+            "which says where each text ends"
+        )
+    else:
+        return count - 1
+    index = torch.arange(count, device=real.device)
+    return (index * real).argmax(-1)
+
+
+class MiniLLMForTokenClassification(GenericForTokenClassification, MiniLLMPreTrainedModel):
+    """The decoder with a class per token."""
+
+    def __init__(self, config: MiniLLMConfig) -> None:
+        MiniLLMPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MiniLLMModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(config.hidden_dropout if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
     def forward(
         self,
@@ -406,38 +530,16 @@ class PerTokenInputs:
         block_position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput:
-        """As `MiniLLMModel.forward`; `labels` are classes (or values, for regression) per text [batch] or token
-        [batch, Q]."""
+    ) -> TokenClassifierOutput:
+        """As `MiniLLMModel.forward`; `labels` [batch, Q] are classes, -100 where there is none."""
         refuse_router_logits(self.config, kwargs)
+        if labels is not None:
+            tokens = inputs_embeds if input_ids is None else input_ids
+            check_labels("labels", labels, tokens.shape[:2], self.num_labels)
         cache = one_cache(cache, past_key_values)
         inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache)
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
         return super().forward(*inputs, **extra, **kwargs)
-
-
-class MiniLLMForSequenceClassification(PerTokenInputs, GenericForSequenceClassification, MiniLLMPreTrainedModel):
-    """The decoder with a class per text, read at its last real token."""
-
-    def __init__(self, config: MiniLLMConfig) -> None:
-        MiniLLMPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = MiniLLMModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
-
-class MiniLLMForTokenClassification(PerTokenInputs, GenericForTokenClassification, MiniLLMPreTrainedModel):
-    """The decoder with a class per token."""
-
-    def __init__(self, config: MiniLLMConfig) -> None:
-        MiniLLMPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = MiniLLMModel(config)
-        dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(config.hidden_dropout if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
 
 class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrainedModel):
@@ -464,8 +566,10 @@ class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrained
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        """As `MiniLLMModel.forward`; `start_positions` and `end_positions` [batch] are token indices."""
+        """As `MiniLLMModel.forward`; `start_positions` and `end_positions` [batch] are token indices, beyond the last
+        token where there is no answer."""
         refuse_router_logits(self.config, kwargs)
+        check_answer_spans(start_positions, end_positions)
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
         cache = one_cache(cache, past_key_values)
         inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds)

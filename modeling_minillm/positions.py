@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 
 
 class MiniLLMRotaryEmbedding(nn.Module):
     """Cosines and sines of RoPE (arXiv 2104.09864) for all of transformers' scaling types and the fixed NTK-aware one.
+
+    It has no state: where frequencies follow the length, they are a function of the lengths that `forward` is given.
 
     Args:
         config: gives `rope_parameters`, `rope_interleaved`, `rope_2d` and `head_dim`.
@@ -31,19 +33,24 @@ class MiniLLMRotaryEmbedding(nn.Module):
         self.config = config
         self.interleaved, self.two_axes = config.rope_interleaved, config.rope_2d
         self.rope_type = config.rope_parameters["rope_type"]
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        inv_freq, self.attention_scaling = self.compute_inv_freq()
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+        self.by_length = FREQUENCIES_BY_LENGTH.get(self.rope_type)
+        tables, self.attention_scaling = self.compute_tables()
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
-    def compute_inv_freq(self) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies [rotary channels of one axis / 2] in float32 and the factor on cosines and sines."""
+    def compute_tables(self) -> tuple[dict[str, torch.Tensor], float]:
+        """The buffers by name, inverse frequencies [rotary channels of one axis / 2] in float32, and the factor on
+        cosines and sines."""
         config = copy.copy(self.config)
         if config.rope_2d:
             config.head_dim = config.head_dim // 2
         functions = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters, "ntk": compute_ntk}
-        return functions[self.rope_type](config)
+        inv_freq, scaling = functions[self.rope_type](config)
+        tables = {"inv_freq": inv_freq, "original_inv_freq": inv_freq.clone()}
+        if self.rope_type == "longrope":
+            beyond = config.rope_parameters["original_max_position_embeddings"] + 1
+            tables["long_inv_freq"], _ = functions["longrope"](config, seq_len=beyond)
+        return tables, scaling
 
     @staticmethod
     def compute_default_rope_parameters(config: MiniLLMConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
@@ -51,24 +58,37 @@ class MiniLLMRotaryEmbedding(nn.Module):
         return inverse_frequencies(config, config.rope_parameters["rope_theta"]), 1.0
 
     def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        position_ids: torch.Tensor,
+        block_position_ids: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns cosines and signed sines [B, 1, Q, rotary channels] in the dtype of `x`; both axes side by side in
-        2D."""
-        cos, sin = self.rotate(x, position_ids)
+        2D.
+
+        Args:
+            position_ids, block_position_ids: [B or 1, Q].
+            lengths: of each token's document [B or 1, Q or 1], where the frequencies follow it; see
+                `minillm.layout.Layout.document_lengths`.
+        """
+        # [rotary channels / 2], or [B or 1, Q or 1, rotary channels / 2] by length
+        inv_freq = self.inv_freq if lengths is None else self.by_length(self, lengths)
+        cos, sin = self.rotate(x, position_ids, inv_freq)
         if self.two_axes:
             second = torch.zeros_like(position_ids) if block_position_ids is None else block_position_ids
-            block_cos, block_sin = self.rotate(x, second)
+            block_cos, block_sin = self.rotate(x, second, inv_freq)
             cos = torch.cat(torch.broadcast_tensors(cos, block_cos), dim=-1)
             sin = torch.cat(torch.broadcast_tensors(sin, block_sin), dim=-1)
         return cos.unsqueeze(1), sin.unsqueeze(1)
 
     @torch.no_grad()
-    @dynamic_rope_update
-    def rotate(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotate(
+        self, x: torch.Tensor, position_ids: torch.Tensor, inv_freq: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines along one axis, each frequency twice as `rope_interleaved` lays them out, with the sine
         negative for the first of a pair."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = position_ids[..., None].float() * inv_freq.to(device=x.device, dtype=torch.float)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         if self.interleaved:
             cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
@@ -88,6 +108,27 @@ def compute_ntk(config: MiniLLMConfig, *args, **kwargs) -> tuple[torch.Tensor, f
     dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
     stretch = config.rope_parameters["factor"] ** (dim / max(dim - 2, 1))
     return inverse_frequencies(config, config.rope_parameters["rope_theta"] * stretch), 1.0
+
+
+def dynamic_frequencies(rotary: MiniLLMRotaryEmbedding, lengths: torch.Tensor) -> torch.Tensor:
+    """NTK-aware scaling by length, in transformers' own formula: lengths [B or 1, Q or 1] to inverse frequencies
+    [B or 1, Q or 1, rotary channels / 2]."""
+    return ROPE_INIT_FUNCTIONS["dynamic"](rotary.config, lengths.device, seq_len=lengths[..., None])[0]
+
+
+def longrope_frequencies(rotary: MiniLLMRotaryEmbedding, lengths: torch.Tensor) -> torch.Tensor:
+    """LongRoPE's two sets (arXiv 2402.13753): the long one beyond the original length. Shapes as above."""
+    limit = rotary.config.rope_parameters["original_max_position_embeddings"]
+    return torch.where(lengths[..., None] > limit, rotary.long_inv_freq, rotary.inv_freq)
+
+
+FREQUENCIES_BY_LENGTH = {"dynamic": dynamic_frequencies, "longrope": longrope_frequencies}
+"""RoPE types whose frequencies follow the length of a token's document."""
+
+
+def follows_length(config: MiniLLMConfig) -> bool:
+    """Whether a config's RoPE asks for the length of each token's document."""
+    return (config.rope_parameters or {}).get("rope_type") in FREQUENCIES_BY_LENGTH
 
 
 def swap_halves(x: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,15 @@ LAYOUTS = {
 }
 
 
+HOLES = ("hole", "packing_prefix_padding")
+"""Layouts with padding between real tokens, which a sliding window would count."""
+
+
+def layouts_of(config):
+    """The layouts that a config takes."""
+    return [layout for layout in LAYOUTS if config.sliding_window is None or layout not in HOLES]
+
+
 def batch(config, layout):
     """Input ids and the layout's per-token inputs, less those that mean nothing to the config.
 

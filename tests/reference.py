@@ -98,7 +98,9 @@ def number_prefix_blocks(document, prefix):
 
 
 def visible(attention_type, sliding_window, row, query, key):
-    """Whether the token in slot `query` attends to the token in slot `key`. Windows count slots, not positions."""
+    """Whether the token in slot `query` attends to the token in slot `key`. Windows count slots, among which there is
+    no padding: the model refuses it.
+    """
     if not row.real[key]:
         return False
     same_document = row.document[query] == row.document[key]
@@ -156,7 +158,7 @@ def bias(config, head, query_position, key_position, model_dtype):
 
 def rope_frequencies(parameters, dim, max_position_embeddings, length):
     """Inverse frequencies (a list of dim / 2) and the factor on cosines and sines, for `dim` rotated channels.
-    `length` is the largest position of the batch plus one: two types stretch with it.
+    `length` is that of the token's document: two types stretch with it.
     """
     theta, rope_type = parameters.get("rope_theta", 10000.0), parameters.get("rope_type", "default")
     if rope_type == "ntk":
@@ -186,7 +188,15 @@ def rotate(x, positions, frequencies, factor, interleaved):
     return torch.cat([turned_first, turned_second], dim=1)
 
 
-def rope(config, x, row, length):
+def document_length(row, slot):
+    """The largest position of the slot's document plus one: two RoPE types stretch with it. At padding, any."""
+    own = [position for position, number in zip(row.position, row.document, strict=True) if number is not None]
+    if row.document[slot] is not None:
+        own = [row.position[other] for other in range(len(row)) if row.document[other] == row.document[slot]]
+    return max(own, default=0) + 1
+
+
+def rope(config, x, row):
     """One head's vectors [tokens, dim]: the first `partial_rotary_factor` of the channels turn with the token's
     position; with `rope_2d` the first half of those by the position and the second half by the block position, each
     half with frequencies of its own size.
@@ -197,12 +207,16 @@ def rope(config, x, row, length):
     rotated = int(x.shape[1] * parameters.get("partial_rotary_factor", 1.0))
     axes = [row.position, row.block_position] if config.rope_2d else [row.position]
     dim = rotated // len(axes)
-    frequencies, factor = rope_frequencies(parameters, dim, config.max_position_embeddings, length)
-    pieces = [
-        rotate(x[:, axis * dim : (axis + 1) * dim], positions, frequencies, factor, config.rope_interleaved)
-        for axis, positions in enumerate(axes)
-    ]
-    return torch.cat([*pieces, x[:, rotated:]], dim=1)
+    lengths = [document_length(row, slot) for slot in range(len(row))]
+    turned = {}
+    for length in set(lengths):
+        frequencies, factor = rope_frequencies(parameters, dim, config.max_position_embeddings, length)
+        pieces = [
+            rotate(x[:, axis * dim : (axis + 1) * dim], positions, frequencies, factor, config.rope_interleaved)
+            for axis, positions in enumerate(axes)
+        ]
+        turned[length] = torch.cat([*pieces, x[:, rotated:]], dim=1)
+    return torch.stack([turned[length][slot] for slot, length in enumerate(lengths)])
 
 
 def sinusoid(position, size):
@@ -257,7 +271,7 @@ def attend(query, keys, values, biases):
     return scores.softmax(-1) @ values
 
 
-def attention(config, weights, x, row, model_dtype, length):
+def attention(config, weights, x, row, model_dtype):
     """Self-attention of one row: [length, hidden] -> [length, hidden]. Consecutive query heads share a key head. A
     padding slot attends to nothing and gives zeros.
     """
@@ -271,7 +285,7 @@ def attention(config, weights, x, row, model_dtype, length):
         if rotated and config.qk_norm:
             projected = norm(config, weights, f"self_attn.{name}_norm", projected)
         each = [projected[:, head] for head in range(count)]
-        return [rope(config, x, row, length) for x in each] if rotated else each
+        return [rope(config, x, row) for x in each] if rotated else each
 
     queries, keys, values = split("q", heads, True), split("k", key_heads, True), split("v", key_heads, False)
     outputs = []
@@ -383,7 +397,7 @@ def under(weights, prefix):
     return {name[len(prefix) :]: weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
-def run_row(config, weights, tokens, row, training, model_dtype, length):
+def run_row(config, weights, tokens, row, training, model_dtype):
     """Final hidden states of one row: [length] token ids -> [length, hidden]."""
     model = under(weights, "model.")
     h = embed(config, model, tokens, row, training)
@@ -392,7 +406,7 @@ def run_row(config, weights, tokens, row, training, model_dtype, length):
         layer = under(model, f"layers.{index}.")
         h = wiring(
             h,
-            attn=lambda x, layer=layer: attention(config, layer, x, row, model_dtype, length),
+            attn=lambda x, layer=layer: attention(config, layer, x, row, model_dtype),
             mlp=lambda x, layer=layer: feed_forward(config, layer, x),
             norms=lambda name, x, layer=layer: norm(config, layer, name, x),
             config=config,
@@ -431,10 +445,9 @@ def reference_hidden_states(
     if prefix_mask is not None and config.attention_type != "prefix":
         raise ValueError(f"prefix_mask needs attention_type='prefix', got {config.attention_type!r}")
     rows = describe_rows(input_ids.shape, attention_mask, position_ids, prefix_mask, document_ids, block_position_ids)
-    length = max(max(row.position) for row in rows) + 1
     return torch.stack(
         [
-            run_row(config, state_dict, tokens, row, training, model_dtype, length)
+            run_row(config, state_dict, tokens, row, training, model_dtype)
             for tokens, row in zip(input_ids, rows, strict=True)
         ]
     )

@@ -24,10 +24,13 @@ from minillm.capabilities import DIRECTIONS, KINDS, check, refusal
 from minillm.cli.inspection import refusal_reasons, served
 
 KNOWN = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-UNKNOWN = ("kernels-community/x", "kernels-community/flash-attn2", "paged|sdpa", "paged|eager", "paged", "my_kernel")
+ENGINES = ("vllm", "sglang", "paged")
+PAGED = (*ENGINES, "paged|sdpa", "paged|eager")
+UNKNOWN = ("kernels-community/x", "kernels-community/flash-attn2", "my_kernel")
 DEVICES = ("cpu", "cuda")
 POSITION_KINDS = {
     "rope": {},
+    "rope_dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
     "rope_2d": {"rope_2d": True},
     **{name: {"position_embedding_type": name} for name in ("alibi", "sandwich", "learned", "sinusoidal", "glm_2d")},
     "none": {"position_embedding_type": "none"},
@@ -71,7 +74,11 @@ def can_serve(variant, back_end, device, direction):
     if back_end in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
         needs_a_mask = variant.attention_type == "prefix" or has_bias or variant.documents
         return device == "cuda" and not needs_a_mask
-    return variant.attention_type == "causal" and not (has_bias or variant.window or variant.documents)
+    plain = variant.attention_type == "causal" and not (has_bias or variant.window)
+    if back_end in PAGED:
+        # They keep requests apart by themselves, but do not say where each ends.
+        return plain and variant.positions != "rope_dynamic"
+    return plain and not variant.documents
 
 
 def extra(variant):
@@ -79,11 +86,11 @@ def extra(variant):
 
 
 def test_the_known_back_ends_are_those():
-    assert set(KINDS) == set(KNOWN)
+    assert set(KINDS) == {*KNOWN, *ENGINES}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("back_end", [*KNOWN, *UNKNOWN])
+@pytest.mark.parametrize("back_end", [*KNOWN, *PAGED, *UNKNOWN])
 def test_every_entry_of_the_table(back_end, device):
     for variant, direction in itertools.product(VARIANTS, DIRECTIONS):
         allowed = can_serve(variant, back_end, device, direction)
@@ -100,7 +107,7 @@ def test_every_entry_of_the_table(back_end, device):
         assert "'sdpa'" in message or "CUDA" in message, "no way out is named"
 
 
-@pytest.mark.parametrize("back_end", [*KNOWN, *UNKNOWN])
+@pytest.mark.parametrize("back_end", [*KNOWN, *PAGED, *UNKNOWN])
 def test_a_back_end_is_refused_everywhere_only_where_no_device_serves_it(back_end):
     for variant in VARIANTS:
         places = itertools.product(DEVICES, DIRECTIONS)
@@ -108,7 +115,7 @@ def test_a_back_end_is_refused_everywhere_only_where_no_device_serves_it(back_en
         assert (refusal(variant.config(), back_end, extra_features=extra(variant)) is not None) == hopeless, variant
 
 
-@pytest.mark.parametrize("back_end", [*KNOWN, *UNKNOWN])
+@pytest.mark.parametrize("back_end", [*KNOWN, *PAGED, *UNKNOWN])
 def test_minillm_info_says_the_same(back_end):
     for variant in VARIANTS:
         if variant.documents:
@@ -144,13 +151,13 @@ HOPELESS = [
         Variant("bidirectional", "none", None, 0.0, False),
         Variant("causal", "rope", 3, 0.0, False),
     )
-    for back_end in [*KNOWN, *UNKNOWN]
+    for back_end in [*KNOWN, *PAGED, *UNKNOWN]
     if refusal(variant.config(), back_end) is not None
 ]
 
 
 def test_every_kind_of_refusal_is_attempted():
-    assert {back_end for _, back_end in HOPELESS} == {*KNOWN[3:], *UNKNOWN}
+    assert {back_end for _, back_end in HOPELESS} == {*KNOWN[3:], *PAGED, *UNKNOWN}
 
 
 def saved(config, folder, **keys):

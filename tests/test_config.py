@@ -129,6 +129,9 @@ def test_unknown_keys_are_kept_with_one_warning(caplog, tmp_path):
 
 # Values that transformers checks, or acts on, when it is given them.
 EXTRA_VALUES = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
     "model_type": "minillm",
     "auto_map": {},
     "attn_implementation": "eager",

@@ -17,6 +17,8 @@ LISTS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 2.5, 3.
 # Positions at which bfloat16 no longer tells neighbours apart.
 MASK, OTHER_MASK, SOP, OTHER_SOP = 3, 4, 5, 6
 BLANKS = {**PREFIX, "mask_token_id": MASK, "sop_token_id": SOP}
+ANSWER, OTHER_ANSWER, USER, OTHER_USER = 5, 6, 7, 8
+CHAT = {**PREFIX, "answer_start_token_id": ANSWER, "turn_token_ids": [ANSWER, USER]}
 FAR = torch.tensor([[3001, 3003, 3005, 3010, 3013, 3019, 3020, 3024, 3029, 3033]])
 
 
@@ -136,6 +138,17 @@ def filled(base, changed):
     return differ(*found)
 
 
+def chatted(base, changed):
+    """What follows a conversation with several tokens that could start answers and turns."""
+    found = []
+    for config in (base, changed):
+        prompt = batch(config, "plain")["input_ids"].clamp(min=9)
+        prompt[:, 1], prompt[:, 3], prompt[:, 5], prompt[:, 7] = OTHER_ANSWER, ANSWER, OTHER_USER, USER
+        options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        found.append(loud(config).generate(prompt, **options).logits)
+    return differ(*found)
+
+
 def started(base, changed):
     """What `generate()` begins with when it is given nothing."""
     first, second = (loud(config).generate(max_new_tokens=2, do_sample=False) for config in (base, changed))
@@ -171,6 +184,8 @@ FLIPS = [
     ("attention_type", {}, "prefix", outputs),
     ("sliding_window", {}, 3, outputs),
     ("prompt_is_prefix", PREFIX, False, generated),
+    ("answer_start_token_id", CHAT, OTHER_ANSWER, chatted),
+    ("turn_token_ids", CHAT, [ANSWER, USER, OTHER_USER], chatted),
     ("qk_norm", {}, True, shapes),
     ("attention_qkv_bias", {}, True, shapes),
     ("attention_out_bias", {}, True, shapes),

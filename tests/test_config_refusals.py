@@ -19,6 +19,8 @@ from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS
 HINTS = MiniLLMConfig.__annotations__
 OWNED = {
     "prompt_is_prefix": False,
+    "answer_start_token_id": 5,
+    "turn_token_ids": [5, 6],
     "mask_token_id": 3,
     "gmask_token_id": 3,
     "smask_token_id": 3,
@@ -57,10 +59,22 @@ def test_every_owned_field_has_a_value_here():
     assert set(OWNED) == set(FIELD_OWNERS)
 
 
+# Of models of another kind.
+FOREIGN = {
+    "is_encoder_decoder": True,
+    "add_cross_attention": True,
+    "cross_attention_hidden_size": 32,
+    "tie_encoder_decoder": True,
+    "pruned_heads": {0: [1]},
+    "chunk_size_feed_forward": 4,
+}
+
 # Fields that are given together.
 PARTNERS = {
     **{name: {"sop_token_id": 4} for name in ("mask_token_id", "gmask_token_id", "smask_token_id")},
     "sop_token_id": {"mask_token_id": 3},
+    "answer_start_token_id": {"turn_token_ids": [5, 6]},
+    "turn_token_ids": {"answer_start_token_id": 5},
 }
 
 
@@ -120,6 +134,10 @@ CONFLICTS = [
     ({"pad_token_id": -1}, {}, ["pad_token_id=-1", "vocab_size=19"]),
     ({"attention_type": "prefix"}, {"sop_token_id": 4}, ["sop_token_id=4", "mask_token_id", "together"]),
     ({"attention_type": "prefix"}, {"gmask_token_id": 3}, ["sop_token_id=None", "gmask_token_id", "together"]),
+    ({"sliding_window": 1}, {}, ["sliding_window=1", "2 or more"]),
+    ({"attention_type": "prefix"}, {"turn_token_ids": [5]}, ["answer_start_token_id=None", "turn_token_ids=[5]"]),
+    ({"attention_type": "prefix"}, {"answer_start_token_id": 5}, ["answer_start_token_id=5", "turn_token_ids=None"]),
+    *(({name: value}, {}, [f"{name}={value!r}", "decoder-only"]) for name, value in FOREIGN.items()),
     ({"position_embedding_type": "sandwich", "sandwich_dim": 5}, {}, ["sandwich_dim=5", "must be even"]),
 ]
 

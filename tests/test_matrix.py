@@ -16,6 +16,7 @@ from matrix_cases import (
     attention_cases,
     batch,
     double_weights,
+    layouts_of,
     loud_model,
     model_run,
     probe,
@@ -50,7 +51,7 @@ def test_logits_and_gradients_equal_the_twin(case, in_blocks):
     config = tiny_config(**CASES[case])
     model = loud_model(config)
     weights = double_weights(model)
-    for layout in LAYOUTS:
+    for layout in layouts_of(config):
         inputs = batch(config, layout)
         expected = reference_run(config, weights, inputs)
         for back_end in BACK_ENDS:

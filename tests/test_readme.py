@@ -17,6 +17,9 @@ README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
 VARIANTS = {
     "causal (RoPE, learned, … positions)": {},
+    "causal, RoPE that follows the length (`dynamic`, `longrope`)": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    },
     "causal, sliding window": {"sliding_window": 64},
     "causal, ALiBi or Sandwich": {"position_embedding_type": "alibi"},
     "prefix": {"attention_type": "prefix"},
@@ -28,7 +31,8 @@ BACK_ENDS = {
     "`sdpa`": "sdpa",
     "`flex_attention`": "flex_attention",
     "`flash_attention_*`": "flash_attention_2",
-    "others (hub kernels, paged)": "paged",
+    "engines (vLLM, SGLang, continuous batching)": "paged",
+    "others (hub kernels)": "kernels-community/x",
 }
 
 

@@ -1,0 +1,181 @@
+"""Every input of a forward: its dtype, its shape and the range of its values, checked here for all variants alike.
+
+Shapes: B batch, H heads, Q new tokens, K keys. Shapes and dtypes are checked always, compiled or not. Values are
+looked at on CPU; on CUDA, and in a graph that is being traced, the device asserts them, so that nobody waits for them.
+"""
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.utils.import_utils import is_tracing
+
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.prompts import last_before
+
+ASSERTING_DEVICES = ("cpu", "cuda")
+
+
+def require(ok: torch.Tensor, message: str) -> None:
+    """Raises ValueError(message) unless `ok` holds everywhere: at once on CPU; by an assertion of the device, a
+    RuntimeError, on CUDA and in a traced graph."""
+    if is_tracing(ok) or ok.device.type == "cuda":
+        if ok.device.type in ASSERTING_DEVICES:
+            torch._assert_async(ok.all(), message)
+    elif ok.device.type == "cpu" and not bool(ok.all()):
+        raise ValueError(message)
+
+
+def require_integers(name: str, tensor: torch.Tensor, allow_bool: bool = False) -> None:
+    """Raises ValueError unless `tensor` is one of integers, or of booleans where those mean something."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"`{name}` is a {type(tensor).__name__}; expected a tensor")
+    if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not allow_bool):
+        expected = "bool or an integer type" if allow_bool else "an integer type"
+        raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected {expected}")
+
+
+def require_shape(name: str, tensor: torch.Tensor, batch: int, lengths: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError unless `tensor` is [batch or 1, one of the lengths]."""
+    if tensor.ndim != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] not in lengths:
+        allowed = " or ".join(f"[{batch}, {length}]" for length in dict.fromkeys(lengths))
+        raise ValueError(f"`{name}` has shape {list(tensor.shape)}; expected {allowed} ({meaning})")
+
+
+def check_tokens(
+    config: MiniLLMConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, per_token: dict
+) -> None:
+    """`input_ids` [B, Q] or `inputs_embeds` [B, Q, hidden], and the kind of the other per-token inputs by name."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+    if input_ids is not None:
+        name, tokens, expected = "input_ids", input_ids, "[batch, tokens]"
+        if not isinstance(tokens, torch.Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+            kind = f"has dtype {tokens.dtype}" if isinstance(tokens, torch.Tensor) else f"is a {type(tokens).__name__}"
+            raise ValueError(f"`{name}` {kind}; expected a tensor of int64 or int32")
+        right = tokens.ndim == 2
+    else:
+        name, tokens, expected = "inputs_embeds", inputs_embeds, f"[batch, tokens, {config.hidden_size}]"
+        if not tokens.is_floating_point():
+            raise ValueError(f"`{name}` has dtype {tokens.dtype}; expected a floating-point type")
+        right = tokens.ndim == 3 and tokens.shape[-1] == config.hidden_size
+    if not right or 0 in tokens.shape:
+        raise ValueError(f"`{name}` has shape {list(tokens.shape)}; expected {expected}, none of them 0")
+    for name, tensor in per_token.items():
+        if tensor is not None:
+            require_integers(name, tensor, allow_bool=name == "prefix_mask")
+
+
+def check_attention_mask(mask: torch.Tensor | BlockMask | None) -> None:
+    """The kind of an `attention_mask`: 2D, one's own 4D mask, or a BlockMask."""
+    if mask is None or isinstance(mask, BlockMask):
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"`attention_mask` is a {type(mask).__name__}; expected a tensor or a BlockMask")
+    if mask.ndim not in (2, 4):
+        raise ValueError(
+            f"`attention_mask` has shape {list(mask.shape)}; expected 2D [batch, cached and new tokens] or 4D "
+            "[batch, 1 or heads, new tokens, keys]"
+        )
+    if mask.ndim == 4 and not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(
+            f"`attention_mask` is 4D and has dtype {mask.dtype}; expected bool (True: visible) or a floating-point "
+            "type (added to the scores)"
+        )
+
+
+def check_padding(mask: torch.Tensor) -> None:
+    """The values of a 2D `attention_mask`: 1 at real tokens and 0 at padding."""
+    if mask.dtype != torch.bool:
+        require(
+            (mask == 0) | (mask == 1),
+            "`attention_mask` holds other values than 0 (padding) and 1 (a real token); numbers of packed documents "
+            "go into `document_ids`",
+        )
+
+
+def check_own_mask(mask: torch.Tensor | BlockMask, batch: int, heads: int, queries: int, keys: int) -> None:
+    """The shape of a caller's own mask, [B or 1, 1 or H, Q, K]."""
+    shape = tuple(mask.shape)
+    right = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (queries, keys)
+    if not right:
+        raise ValueError(
+            f"`attention_mask` has shape {list(shape)}; expected 2D [batch, cached and new tokens] or 4D "
+            f"[1 or {batch}, 1 or {heads}, {queries}, {keys}] (batch, heads, new tokens, keys)"
+        )
+
+
+def check_window(real: torch.Tensor) -> None:
+    """Refuses padding between real tokens [B, slots]: a window counts slots, in which such padding would count too."""
+    starts = real[:, 1:] & ~real[:, :-1]
+    require(
+        starts.sum(-1) + real[:, 0] <= 1,
+        "`attention_mask` has padding between real tokens, which a `sliding_window` would count: pad on one side "
+        "only, run each row by itself, or use a model with `sliding_window=None`",
+    )
+
+
+def check_prompts(blocks: torch.Tensor, real: torch.Tensor | None, documents: torch.Tensor | None) -> None:
+    """The numbers of a `prefix_mask` [B, Q]: over the real tokens of each document (numbers [B or 1, Q], None for a
+    single one) they rise from prompt to prompt, and none comes back."""
+    require(blocks >= 0, "`prefix_mask` holds a negative value; it is k on the k-th prompt and 0 outside")
+    real = torch.ones_like(blocks, dtype=torch.bool) if real is None else real
+    before, is_first = last_before(real)
+    number = torch.zeros_like(blocks)
+    if documents is not None:
+        documents = documents.expand_as(blocks)
+        is_first = is_first | (documents.gather(1, before) != documents)
+        number = torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0)).long().cumsum(-1)
+    # One key that rises over the documents of a row, and over the prompts of each.
+    key = torch.where(real, number * (blocks.max() + 1) + blocks, -1)
+    seen = torch.nn.functional.pad(key.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    goes_on = ~is_first & (blocks.gather(1, before) == blocks)
+    require(
+        (blocks == 0) | ~real | goes_on | (key > seen),
+        "`prefix_mask` comes back to a prompt that had ended: over the real tokens of a document it is 1 on the first "
+        "prompt, 2 on the second, and so on, and 0 outside; `minillm.number_prompts` numbers them so",
+    )
+
+
+def check_positions(
+    name: str, positions: torch.Tensor, real: torch.Tensor | None, table_size: int | None = None
+) -> None:
+    """Positions [B or 1, Q] of real tokens (all of them if `real` is None): from 0 on, and within a learned table."""
+    padding = False if real is None else ~real
+    if table_size is None:
+        require((positions >= 0) | padding, f"`{name}` hold a negative position; they count from 0")
+        return
+    require(
+        ((positions >= 0) & (positions < table_size)) | padding,
+        f"`{name}` reach beyond the table of learned positions (`position_table_size={table_size}`): "
+        "shorten the input or use a position scheme without a table",
+    )
+
+
+def check_labels(name: str, labels: torch.Tensor, shape: torch.Size, classes: int, ignore_index: int = -100) -> None:
+    """Labels of the given shape: `ignore_index`, or from 0 on and below `classes`."""
+    require_integers(name, labels)
+    if labels.shape != shape:
+        raise ValueError(f"`{name}` has shape {list(labels.shape)}; expected {list(shape)}")
+    require(
+        ((labels >= 0) & (labels < classes)) | (labels == ignore_index),
+        f"`{name}` hold values other than {ignore_index} (not scored) and 0 to {classes - 1}",
+    )
+
+
+def check_answer_spans(start_positions: torch.Tensor | None, end_positions: torch.Tensor | None) -> None:
+    """Token indices [B] or [B, 1] of where answers start and end; one beyond the text says that there is none."""
+    if (start_positions is None) != (end_positions is None):
+        raise ValueError("give both of `start_positions` and `end_positions`, or neither")
+    for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
+        if positions is not None:
+            require_integers(name, positions)
+            require(positions >= 0, f"`{name}` hold a negative index; no answer is an index beyond the last token")
+
+
+def check_cache(cache: Cache | None) -> None:
+    """A decoder's own key/value cache."""
+    if cache is not None and (not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache)):
+        raise ValueError(
+            f"the key/value cache is a {type(cache).__name__}; expected a `Cache` of a decoder, such as DynamicCache "
+            "or StaticCache"
+        )
