@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
 
+from minillm.tokenization.added_tokens import AddedTokensMixin, require_decodable, require_told_apart, token_strings
 from minillm.tokenization.glm_layout import GLMInputsMixin
 from minillm.tokenization.literal_text import apply_template_literally
 from minillm.tokenization.training_text import CHUNK_BYTES, Corpus, check_text_files, read_text_files
@@ -210,6 +211,8 @@ def choose_special_tokens(
         raise ValueError(f"special tokens must be non-empty strings other than byte pieces, not {wrong}")
     if repeated := sorted({token for token in tokens if tokens.count(token) > 1}):
         raise ValueError(f"every special token needs a string of its own, but {repeated} stand for more than one")
+    require_decodable(model.create(), tokens)
+    require_told_apart(model.create(), tokens)
     return named, extra
 
 
@@ -259,7 +262,7 @@ def train_backend(
     return backend
 
 
-class MiniLLMTokenizer(GLMInputsMixin, PreTrainedTokenizerFast):
+class MiniLLMTokenizer(AddedTokensMixin, GLMInputsMixin, PreTrainedTokenizerFast):
     """Tokenizer of MiniLLM models.
 
     Subword models: byte-level BPE (Radford et al. 2019, section 2.2), BPE with U+2581 for blanks and byte fallback as
@@ -341,7 +344,8 @@ class MiniLLMTokenizer(GLMInputsMixin, PreTrainedTokenizerFast):
 
         Raises:
             ValueError: unknown model, an option that the model does not have, vocab_size too small for the special
-                tokens and the alphabet, two special tokens with the same string, or an empty corpus.
+                tokens and the alphabet, two special tokens with the same string or one that `decode()` would change or
+                that plain text could spell, or an empty corpus.
             TypeError: `texts` is one string, or yields something else than strings; an unknown argument.
         """
         if model not in SUBWORD_MODELS:
@@ -407,7 +411,13 @@ class MiniLLMTokenizer(GLMInputsMixin, PreTrainedTokenizerFast):
         """Trains a tokenizer with this one's rules on a new corpus; byte fallback, which trainers drop, is kept.
 
         Arguments as in `PreTrainedTokenizerFast.train_new_from_iterator`.
+
+        Raises:
+            ValueError: a new special token that `decode()` would change or that plain text could spell.
         """
+        new = [*token_strings(new_special_tokens), *token_strings(special_tokens_map)]
+        require_decodable(self.backend_tokenizer, new)
+        require_told_apart(self.backend_tokenizer, new)
         byte_pieces = 0
         if json.loads(self.backend_tokenizer.to_str())["model"].get("byte_fallback"):
             byte_pieces = len(BYTE_PIECES)
