@@ -8,7 +8,8 @@ import typer
 from transformers import AutoTokenizer, TextStreamer, set_seed
 
 from minillm.cli.loading import load_model, load_pretrained
-from minillm.tokenization.glm_layout import find_glm_tokens
+from minillm.tokenization.glm_layout import GLMTokens, find_glm_tokens
+from minillm.tokenization.literal_text import LiteralReading, read_literally
 
 
 def run(
@@ -20,8 +21,12 @@ def run(
     num_beams: int,
     seed: int,
     stream: bool,
+    special_tokens: bool,
 ) -> None:
     """Prints each prompt with its continuation, or with its blanks filled.
+
+    The strings of special tokens in a prompt are text unless `special_tokens` has them read; blanks and start tokens
+    of a model that fills blanks are read in any case.
 
     Raises:
         ValueError: no prompt or an empty one, streaming of several prompts, beams or blanks, `top_p` without sampling,
@@ -40,7 +45,10 @@ def run(
     model = load_model(model_name, allow_adapter=True).to(device)
     set_seed(seed)
     options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **(sampling or {"do_sample": False})}
-    blanked = [has_blank(model, tokenizer, prompt) for prompt in prompts]
+    glm = glm_tokens(model, tokenizer)
+    reading = read_prompts(tokenizer, prompts, glm, special_tokens)
+    tokenizer, prompts = reading.tokenizer, [reading.hide(prompt) for prompt in prompts]
+    blanked = [has_blank(glm, tokenizer, prompt) for prompt in prompts]
     if stream and blanked[0]:
         raise ValueError("--stream prints a continuation as it comes; a blank is filled before it is printed")
     if stream:
@@ -57,19 +65,33 @@ def run(
                 told[number] = text
     for text in told:
         # Not through rich, which would expand tabs and drop control characters.
-        typer.echo(text)
+        typer.echo(reading.reveal(text))
 
 
-def has_blank(model: Any, tokenizer: Any, prompt: str) -> bool:
-    """Whether a prompt holds a blank to fill: one before a start token is continued by `generate()` itself."""
+def glm_tokens(model: Any, tokenizer: Any) -> GLMTokens | None:
+    """The tokens of a model that fills blanks; None for another."""
     if not hasattr(model, "fill") or model.config.attention_type != "prefix":
-        return False
+        return None
     try:
-        tokens = find_glm_tokens(tokenizer, model.config)
+        return find_glm_tokens(tokenizer, model.config)
     except ValueError:
+        return None
+
+
+def read_prompts(tokenizer: Any, prompts: list[str], glm: GLMTokens | None, special_tokens: bool) -> LiteralReading:
+    """How to read the prompts: all special tokens in them, or only GLM's blanks and start token."""
+    if special_tokens:
+        return LiteralReading(tokenizer, (), {})
+    kept = [] if glm is None else tokenizer.convert_ids_to_tokens([*glm.blanks, glm.sop])
+    return read_literally(tokenizer, "\n".join(prompts), keep=kept)
+
+
+def has_blank(glm: GLMTokens | None, tokenizer: Any, prompt: str) -> bool:
+    """Whether a prompt holds a blank to fill: one before a start token is continued by `generate()` itself."""
+    if glm is None:
         return False
     ids = tokenizer(prompt)["input_ids"]
-    return tokens.sop not in ids and not set(tokens.blanks).isdisjoint(ids)
+    return glm.sop not in ids and not set(glm.blanks).isdisjoint(ids)
 
 
 def fill(model: Any, tokenizer: Any, prompts: list[str], options: dict[str, Any]) -> list[str]:

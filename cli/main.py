@@ -121,6 +121,12 @@ def train(
     max_length: Annotated[int | None, typer.Option(min=2, help="tokens per row")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="peak of the cosine schedule")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of weights and order")] = None,
+    special_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--special-tokens/--no-special-tokens", help="read special tokens in the data; else they are text"
+        ),
+    ] = None,
 ) -> None:
     """Train a model with the stock Trainer: pre-training, continued pre-training, answers only, LoRA."""
     flags = {name: value for name, value in locals().items() if name != "config" and value is not None}
@@ -140,12 +146,15 @@ def generate(
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
     seed: Annotated[int, typer.Option()] = 0,
     stream: Annotated[bool, typer.Option(help="print tokens as they come (one prompt)")] = False,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="read all special tokens in prompts; else only blanks and sop")
+    ] = False,
 ) -> None:
     """Continue prompts; with a prefix model, fill [MASK], [sMASK] and [gMASK] in those that hold such a blank."""
     with one_line_errors():
         from minillm.cli.generation_run import run
 
-        run(model, prompts, max_new_tokens, temperature, top_p, num_beams, seed, stream)
+        run(model, prompts, max_new_tokens, temperature, top_p, num_beams, seed, stream, special_tokens)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from minillm.cli.loading import last_complete_checkpoint, load_model, load_pretr
 from minillm.cli.progress import ProgressCallback
 from minillm.evaluation import perplexity
 from minillm.hub import replaced_folder
+from minillm.tokenization.literal_text import apply_template_literally
 from minillm.training import (
     DataCollatorForCausalLM,
     DataCollatorForGLM,
@@ -53,6 +54,7 @@ class TrainOptions:
     max_length: int | None = None
     learning_rate: float | None = None
     seed: int = 0
+    special_tokens: bool = False
 
 
 def read_options(file: Path | None, flags: dict[str, Any]) -> TrainOptions:
@@ -161,8 +163,13 @@ def read_samples(options: TrainOptions, objective: str, tokenizer: Any) -> tuple
     """Samples to train on and held-out ones."""
     if objective != "sft":
         train, held_out = split_corpus(load_corpus(options.data))
-        return tuple(tokenize_documents(part, tokenizer, add_end=objective != "glm") for part in (train, held_out))
-    samples = [read_answer_line(line, number, tokenizer) for number, line in jsonl_lines(options.data)]
+        return tuple(
+            tokenize_documents(part, tokenizer, objective != "glm", special_tokens_in_text=options.special_tokens)
+            for part in (train, held_out)
+        )
+    samples = [
+        read_answer_line(line, number, tokenizer, options.special_tokens) for number, line in jsonl_lines(options.data)
+    ]
     count = max(1, len(samples) // 20)
     if len(samples) < 2:
         raise ValueError(f"{options.data} holds {len(samples)} samples; at least 2 are needed, one to hold out")
@@ -180,16 +187,23 @@ def jsonl_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def read_answer_line(line: str, number: int, tokenizer: Any) -> dict[str, list[int]]:
-    """A line `{"prompt": ..., "completion": ...}` or `{"messages": [...]}` as a sample for the SFT collator."""
+def read_answer_line(line: str, number: int, tokenizer: Any, special_tokens: bool = False) -> dict[str, list[int]]:
+    """A line `{"prompt": ..., "completion": ...}` or `{"messages": [...]}` as a sample for the SFT collator.
+
+    The strings of special tokens in it are text unless `special_tokens` has them read.
+    """
     try:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"line {number} is no JSON: {error}") from error
     if isinstance(record, dict) and "messages" in record:
         try:
-            encoded = tokenizer.apply_chat_template(
-                record["messages"], return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+            encoded = apply_template_literally(
+                tokenizer,
+                record["messages"],
+                special_tokens_in_content=special_tokens,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
             )
         except (TemplateError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"line {number} holds no messages that can be read: {one_line(error)}") from error
@@ -202,9 +216,10 @@ def read_answer_line(line: str, number: int, tokenizer: Any) -> dict[str, list[i
     for name in ("prompt", "completion"):
         if not isinstance(record[name], str):
             raise ValueError(f"line {number}: {name} must be a string, not {record[name]!r:.40}")
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    options = {"add_special_tokens": False, "split_special_tokens": not special_tokens}
+    prompt, completion = (tokenizer(record[name], **options)["input_ids"] for name in ("prompt", "completion"))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return {"prompt_ids": encode(record["prompt"]), "completion_ids": encode(record["completion"]) + end}
+    return {"prompt_ids": prompt, "completion_ids": completion + end}
 
 
 def go_on_from(checkpoints: Path, options: TrainOptions) -> str | None:

@@ -105,7 +105,43 @@ def test_blanks_are_filled_and_other_prompts_continued(folders):
 def test_a_blank_before_a_start_token_and_one_of_a_causal_model_are_continued(folders):
     started = "the reader[gMASK]<|startofpiece|>"
     assert generate(folders["prefix"], started) == directly(folders["prefix"], [started])
-    assert generate(folders["causal"], "the[MASK]") == directly(folders["causal"], ["the[MASK]"])
+    read = directly(folders["causal"], ["the[MASK]"])
+    assert generate(folders["causal"], "the[MASK]", "--special-tokens") == read
+    assert generate(folders["causal"], "the[MASK]").startswith("the[MASK]") and not read.startswith("the[MASK]")
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streamed"])
+def test_special_tokens_in_prompts_are_text_unless_asked_otherwise(stream, folders):
+    prompt = "the <|endoftext|> reader<|user|>"
+    tokenizer = AutoTokenizer.from_pretrained(folders["causal"])
+    model = AutoModelForCausalLM.from_pretrained(folders["causal"])
+    ids = tokenizer(prompt, split_special_tokens=True, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == prompt
+    continued = model.generate(ids, max_new_tokens=12, do_sample=False)
+    expected = tokenizer.decode(continued[0], skip_special_tokens=True)
+    assert generate(folders["causal"], prompt, *stream) == f"{expected}\n"
+    read = generate(folders["causal"], prompt, "--special-tokens", *stream)
+    assert read == directly(folders["causal"], [prompt]) and read.startswith("the  reader")
+
+
+def test_beside_blanks_and_start_tokens_special_tokens_are_text(folders):
+    tokenizer = AutoTokenizer.from_pretrained(folders["prefix"])
+    model = AutoModelForCausalLM.from_pretrained(folders["prefix"])
+    parts = ["the<|user|>", "[MASK]", " <|endoftext|>"]
+    ids = [token for part in parts for token in tokenizer(part, split_special_tokens=part != "[MASK]")["input_ids"]]
+    row = [*ids, tokenizer.sop_token_id]
+    inputs = {
+        "input_ids": torch.tensor([row]),
+        "prefix_mask": torch.tensor([[1] * len(ids) + [0]]),
+        "position_ids": torch.tensor([[*range(len(ids)), ids.index(tokenizer.mask_token_id)]]),
+    }
+    told = generate(folders["prefix"], "".join(parts))
+    assert told.startswith("the<|user|>") and told.endswith(" <|endoftext|>\n") and "[MASK]" not in told
+    first = model(**inputs).logits[0, -1].argmax()
+    assert told.removeprefix("the<|user|>").startswith(tokenizer.decode(first))
+    started = "the<|user|>[gMASK]<|startofpiece|>"
+    assert generate(folders["prefix"], started).startswith("the<|user|>")
+    assert "[gMASK]" not in generate(folders["prefix"], started)
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,53 @@ def test_options_from_a_file_and_flags_that_win(form, models, corpus, tmp_path):
     )
 
 
+LITERAL = "the <|endoftext|> reader<|user|>"
+
+
+@pytest.mark.parametrize("objective", ["causal", "sft"])
+def test_special_tokens_in_the_data_are_text_unless_asked_otherwise(objective, models, tmp_path, monkeypatch):
+    """Told by the samples that are packed, by flag and by file."""
+    import minillm.cli.training_run as module
+
+    if objective == "causal":
+        data = tmp_path / "corpus"
+        data.mkdir()
+        for number in range(8):
+            (data / f"{number}.txt").write_text(LITERAL, "utf-8")
+    else:
+        data = tmp_path / "data.jsonl"
+        turns = [{"role": "user", "content": LITERAL}, {"role": "assistant", "content": LITERAL}]
+        records = [{"prompt": LITERAL, "completion": LITERAL}, {"messages": turns}]
+        data.write_text("".join(json.dumps(record) + "\n" for record in records * 4), "utf-8")
+    samples = []
+
+    def pack(part, *arguments, **options):
+        samples.extend(part)
+        return pack_dataset(part, *arguments, **options)
+
+    monkeypatch.setattr(module, "pack_dataset", pack)
+    tokenizer = AutoTokenizer.from_pretrained(models["causal"])
+    arguments = ("train", "--model", models["causal"], "--data", data, "--objective", objective, "--max-steps", 2)
+    config = tmp_path / "options.yaml"
+    config.write_text("special_tokens: true", "utf-8")
+    for number, (flags, split) in enumerate(
+        [((), True), (("--special-tokens",), False), (("--config", config), False), (("--no-special-tokens",), True)]
+    ):
+        samples.clear()
+        succeed(*arguments, *flags, "--out", tmp_path / str(number))
+        text = tokenizer(LITERAL, split_special_tokens=split)["input_ids"]
+        role, answer = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("user", "assistant"))
+        end = [tokenizer.eos_token_id]
+        expected = {
+            "causal": {(tokenizer.bos_token_id, *text, *end)},
+            "sft": {tuple(text + text + end), (role, *text, answer, *text, *end)},
+        }[objective]
+        found = [sample.get("input_ids") or sample["prompt_ids"] + sample["completion_ids"] for sample in samples]
+        assert {tuple(ids) for ids in found} == expected
+        note = json.loads((tmp_path / f"{number}-checkpoints" / "options.json").read_text("utf-8"))
+        assert note["special_tokens"] is not split
+
+
 class Interruption(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -304,6 +351,7 @@ def test_checkpoints_of_other_options_are_not_taken(models, corpus, tmp_path, mo
     before = tree(tmp_path)
     told = fail(*arguments, "--seed", 1)
     assert "was begun with other options ({'seed': 0})" in told
+    assert "was begun with other options ({'special_tokens': False})" in fail(*arguments, "--special-tokens")
     assert tree(tmp_path) == before
     foreign = tmp_path / "other-checkpoints"
     foreign.mkdir()

@@ -165,6 +165,13 @@ def test_an_extension_shows_in_the_language_it_was_made_for():
     assert after.vocabulary.size == before.vocabulary.size + 60
 
 
+def test_the_strings_of_special_tokens_are_text():
+    tokenizer = english_tokenizer("minillm_byte_bpe")
+    text = "the <|endoftext|> of"
+    expected = tokenizer.encode(text, split_special_tokens=True)
+    assert measure_fertility(tokenizer, [text]).total.tokens == len(expected) > len(tokenizer.encode(text))
+
+
 def test_what_is_reported_is_json():
     report = measure_fertility(english_tokenizer("gpt2"), MIXED, name="g")
     figures = json.loads(json.dumps(report.to_dict()))

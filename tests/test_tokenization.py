@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minillm.tokenization import glm_layout, tokenization_minillm
+from minillm.tokenization import added_tokens, glm_layout, literal_text, tokenization_minillm, training_text
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
 MODELS = ["byte_bpe", "sentencepiece_bpe", "unigram", "wordpiece"]
@@ -279,20 +279,20 @@ def test_the_flat_files_serve_a_stranger(tokenizers, tmp_path):
 
 
 def test_the_flat_files_stand_alone():
-    """Only the standard library, tokenizers and transformers are imported, and the one file by the other."""
-    roots = {}
-    for module in (tokenization_minillm, glm_layout):
+    """Only the standard library, tokenizers and transformers are imported, and files of the same room."""
+    roots = set()
+    for module in (tokenization_minillm, added_tokens, glm_layout, literal_text, training_text):
         lines = Path(module.__file__).read_text("utf-8").splitlines()
-        modules = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
-        roots[module] = {module for module in modules if module.partition(".")[0] not in sys.stdlib_module_names}
-    assert roots == {
-        tokenization_minillm: {"tokenizers", "transformers", "transformers.utils", "minillm.tokenization.glm_layout"},
-        glm_layout: {"transformers"},
+        names = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
+        roots |= {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+    travelling = {
+        f"minillm.tokenization.{name}" for name in ("added_tokens", "glm_layout", "literal_text", "training_text")
     }
+    assert roots == {"tokenizers", "transformers", "transformers.utils", *travelling}
 
 
 def test_no_private_method_of_the_base_class_is_overridden():
-    added = [*vars(MiniLLMTokenizer), *vars(glm_layout.GLMInputsMixin)]
+    added = [*vars(MiniLLMTokenizer), *vars(glm_layout.GLMInputsMixin), *vars(added_tokens.AddedTokensMixin)]
     own = {name for name in added if name.startswith("_") and not name.startswith("__")}
     assert not {name for name in own if hasattr(PreTrainedTokenizerFast, name)} - {"_auto_class"}
     assert "__init__" not in vars(MiniLLMTokenizer)

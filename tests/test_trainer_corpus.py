@@ -10,6 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from minillm.tokenization import MiniLLMTokenizer
 from minillm.training.corpus import (
     CorpusError,
     TextDocument,
@@ -198,3 +199,13 @@ def test_documents_get_begin_and_end_tokens():
     assert tokenize_documents(["a b"], bare) == [{"input_ids": [2, 3]}]
     with pytest.raises(CorpusError, match="there are no documents to tokenize"):
         tokenize_documents([], tokenizer)
+
+
+def test_special_tokens_in_documents_are_text_unless_asked_otherwise():
+    tokenizer = MiniLLMTokenizer.train_from_iterator(["a b"], vocab_size=267, show_progress=False)
+    text = "a<|endoftext|>"
+    literal = tokenizer.encode(text, split_special_tokens=True)
+    assert tokenize_documents([text], tokenizer) == [{"input_ids": [1, *literal, 2]}]
+    assert tokenizer.decode(literal) == text and 2 not in literal
+    read = [{"input_ids": [1, *tokenizer.encode("a"), 2, 2]}]
+    assert tokenize_documents([text], tokenizer, special_tokens_in_text=True) == read

@@ -163,7 +163,9 @@ def measure_fertility(
     for start in range(0, len(segments), BATCH):
         batch = segments[start : start + BATCH]
         texts = [segment.text for segment in batch]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
         for segment, ids in zip(batch, encoded, strict=True):
             frequencies.update(ids)
             found[segment.bucket] += count(segment.text, ids, tokenizer.unk_token_id, byte_ids)

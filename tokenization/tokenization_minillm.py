@@ -1,12 +1,12 @@
 """MiniLLM's tokenizer: four subword models on the `tokenizers` back end, GLM's special tokens by name, training.
 
-Beside `glm_layout.py` it imports the standard library, `tokenizers` and transformers only, since it travels with a
-checkpoint.
+Beside the files that travel with it, it imports the standard library, `tokenizers` and transformers only, since it
+travels with a checkpoint.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
 
+from minillm.tokenization.added_tokens import AddedTokensMixin, require_decodable, require_told_apart, token_strings
 from minillm.tokenization.glm_layout import GLMInputsMixin
+from minillm.tokenization.literal_text import apply_template_literally
+from minillm.tokenization.training_text import CHUNK_BYTES, Corpus, check_text_files, read_text_files
 
 logger = logging.get_logger(__name__)
 
@@ -69,8 +72,6 @@ SPACE = "\u2581"
 # ESCAPE itself (a code point that Unicode reserves as a non-character) ESCAPE + "0": every text comes back exactly.
 ESCAPE = "\ufdd0"
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-
-CHUNK_BYTES = 1 << 16
 
 # What `train_from_iterator` hands on to the tokenizer's constructor, which itself swallows every unknown name.
 CONSTRUCTOR_OPTIONS = {
@@ -181,27 +182,6 @@ SUBWORD_MODELS = {
 }
 
 
-class Corpus:
-    """Checks texts as they stream into a trainer, and remembers which characters came by."""
-
-    def __init__(self, texts: Iterable[str | Sequence[str]]):
-        if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-            raise TypeError(f"texts must be an iterable of strings, not one {type(texts).__name__}")
-        self.texts = texts
-        self.characters: set[str] = set()
-
-    def __iter__(self) -> Iterator[str]:
-        for index, item in enumerate(self.texts):
-            for text in [item] if isinstance(item, str) else self.check_batch(index, item):
-                self.characters.update(text)
-                yield text
-
-    def check_batch(self, index: int, batch: Any) -> Sequence[str]:
-        if not isinstance(batch, (list, tuple)) or not all(isinstance(text, str) for text in batch):
-            raise TypeError(f"texts[{index}] must be a string or a list of strings, not {batch!r:.80}")
-        return batch
-
-
 def add_byte_pieces(backend: Tokenizer) -> Tokenizer:
     """Gives a trained BPE or Unigram model the 256 byte pieces, after its own, and turns byte fallback on."""
     state = json.loads(backend.to_str())
@@ -216,9 +196,9 @@ def add_byte_pieces(backend: Tokenizer) -> Tokenizer:
 
 
 def choose_special_tokens(
-    needs_unk: bool, overrides: Mapping[str, str] | None, extra: Sequence[str]
+    model: SubwordModel, overrides: Mapping[str, str] | None, extra: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    named = NAMED_TOKENS | ({"unk_token": UNK_TOKEN} if needs_unk else {})
+    named = NAMED_TOKENS | ({"unk_token": UNK_TOKEN} if model.needs_unk else {})
     overrides = dict(overrides or {})
     if unknown := sorted(set(overrides) - set(NAMED_TOKENS)):
         raise ValueError(f"special_tokens has no token called {unknown}; it may set {sorted(NAMED_TOKENS)}")
@@ -231,6 +211,8 @@ def choose_special_tokens(
         raise ValueError(f"special tokens must be non-empty strings other than byte pieces, not {wrong}")
     if repeated := sorted({token for token in tokens if tokens.count(token) > 1}):
         raise ValueError(f"every special token needs a string of its own, but {repeated} stand for more than one")
+    require_decodable(model.create(), tokens)
+    require_told_apart(model.create(), tokens)
     return named, extra
 
 
@@ -280,44 +262,7 @@ def train_backend(
     return backend
 
 
-def check_text_files(paths: Iterable[str | Path]) -> list[Path]:
-    if isinstance(paths, (str, Path)):
-        paths = [paths]
-    files = [Path(path) for path in paths]
-    if not files:
-        raise ValueError("paths is empty: name at least one text file")
-    for path in files:
-        if not path.exists():
-            raise FileNotFoundError(f"corpus file {path} does not exist")
-        if not path.is_file():
-            raise ValueError(f"corpus path {path} is not a file: name text files, not folders")
-        try:
-            with path.open("rb") as file:
-                start = file.read(CHUNK_BYTES)
-        except OSError as error:
-            raise OSError(error.errno, f"corpus file cannot be read ({error.strerror})", str(path)) from error
-        if b"\0" in start:
-            raise ValueError(f"corpus file {path} is binary (it holds zero bytes); text in UTF-8 is needed")
-    if not any(path.stat().st_size for path in files):
-        raise ValueError(f"the corpus is empty: none of the {len(files)} files in paths holds any text")
-    return files
-
-
-def read_text_files(files: Iterable[Path]) -> Iterator[str]:
-    """Yields whole lines in chunks, so that line breaks and the blanks after them stay together."""
-    for path in files:
-        with path.open("rb") as file:
-            offset = 0
-            while chunk := b"".join(file.readlines(CHUNK_BYTES)):
-                try:
-                    yield chunk.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    position = offset + error.start
-                    raise ValueError(f"corpus file {path} is not text in UTF-8: byte {position}: {error}") from error
-                offset += len(chunk)
-
-
-class MiniLLMTokenizer(GLMInputsMixin, PreTrainedTokenizerFast):
+class MiniLLMTokenizer(AddedTokensMixin, GLMInputsMixin, PreTrainedTokenizerFast):
     """Tokenizer of MiniLLM models.
 
     Subword models: byte-level BPE (Radford et al. 2019, section 2.2), BPE with U+2581 for blanks and byte fallback as
@@ -333,7 +278,11 @@ class MiniLLMTokenizer(GLMInputsMixin, PreTrainedTokenizerFast):
     blanks.
 
     Encoding adds no special token: collators set the end token themselves, and chats come with theirs from the chat
-    template. Padding is on the right, as training wants it; set `padding_side="left"` to generate from a batch.
+    template. As in all of transformers, `tokenizer(text)` reads the strings of special tokens in a text as these
+    tokens; `tokenizer(text, split_special_tokens=True)` takes them for text, and so does `apply_chat_template` with
+    what stands in messages.
+
+    Padding is on the right, as training wants it; set `padding_side="left"` to generate from a batch.
     """
 
     SPECIAL_TOKENS_ATTRIBUTES = [
@@ -395,7 +344,8 @@ class MiniLLMTokenizer(GLMInputsMixin, PreTrainedTokenizerFast):
 
         Raises:
             ValueError: unknown model, an option that the model does not have, vocab_size too small for the special
-                tokens and the alphabet, two special tokens with the same string, or an empty corpus.
+                tokens and the alphabet, two special tokens with the same string or one that `decode()` would change or
+                that plain text could spell, or an empty corpus.
             TypeError: `texts` is one string, or yields something else than strings; an unknown argument.
         """
         if model not in SUBWORD_MODELS:
@@ -408,7 +358,7 @@ class MiniLLMTokenizer(GLMInputsMixin, PreTrainedTokenizerFast):
             raise ValueError(f"options must be whole numbers from 1 on, not {wrong}")
         if unknown := sorted(set(kwargs) - CONSTRUCTOR_OPTIONS):
             raise TypeError(f"unknown arguments {unknown}; the tokenizer takes {sorted(CONSTRUCTOR_OPTIONS)}")
-        named, extra = choose_special_tokens(SUBWORD_MODELS[model].needs_unk, special_tokens, extra_special_tokens)
+        named, extra = choose_special_tokens(SUBWORD_MODELS[model], special_tokens, extra_special_tokens)
         backend = train_backend(
             model, texts, vocab_size, [*named.values(), *extra], length, options | {"show_progress": show_progress}
         )
@@ -428,13 +378,46 @@ class MiniLLMTokenizer(GLMInputsMixin, PreTrainedTokenizerFast):
         chunks = sum(math.ceil(path.stat().st_size / CHUNK_BYTES) for path in files)
         return cls.train_from_iterator(read_text_files(files), vocab_size=vocab_size, length=chunks, **kwargs)
 
+    def apply_chat_template(
+        self, conversation: Any, *args: Any, special_tokens_in_content: bool = False, **kwargs: Any
+    ) -> Any:
+        """`PreTrainedTokenizerFast.apply_chat_template`, in which content is literal: it cannot forge a turn.
+
+        Strings of special tokens in messages, documents and tools are encoded as text, as `split_special_tokens=True`
+        encodes them; those that the template writes are control tokens. With `tokenize=False` the text is what it
+        always was, and whoever encodes it reads the special tokens in it.
+
+        Args:
+            conversation: a chat (a list of messages) or several.
+            args: `tools`, `documents`, `chat_template`, `add_generation_prompt`, `continue_final_message` and
+                `tokenize`, as in transformers.
+            special_tokens_in_content: read special tokens in content as control tokens too, as transformers does.
+            kwargs: these and the other arguments of transformers' method; what is left goes to the template.
+
+        Returns:
+            What transformers' method returns: ids with their masks, or text.
+
+        Raises:
+            ValueError: the template looks for special tokens in a message that holds one, or escapes it, so that they
+                cannot be told from its own; besides what transformers' method raises.
+        """
+        return apply_template_literally(
+            self, conversation, *args, special_tokens_in_content=special_tokens_in_content, **kwargs
+        )
+
     def train_new_from_iterator(
         self, text_iterator, vocab_size, length=None, new_special_tokens=None, special_tokens_map=None, **kwargs
     ) -> "MiniLLMTokenizer":
         """Trains a tokenizer with this one's rules on a new corpus; byte fallback, which trainers drop, is kept.
 
         Arguments as in `PreTrainedTokenizerFast.train_new_from_iterator`.
+
+        Raises:
+            ValueError: a new special token that `decode()` would change or that plain text could spell.
         """
+        new = [*token_strings(new_special_tokens), *token_strings(special_tokens_map)]
+        require_decodable(self.backend_tokenizer, new)
+        require_told_apart(self.backend_tokenizer, new)
         byte_pieces = 0
         if json.loads(self.backend_tokenizer.to_str())["model"].get("byte_fallback"):
             byte_pieces = len(BYTE_PIECES)

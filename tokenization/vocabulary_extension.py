@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from minillm.tokenization.bpe_growth import BPEGrowth, MergeLearner
-from minillm.tokenization.tokenization_minillm import BYTE_PIECES, SPACE, Corpus
+from minillm.tokenization.tokenization_minillm import BYTE_PIECES, SPACE
+from minillm.tokenization.training_text import Corpus
 
 logger = logging.get_logger(__name__)
 

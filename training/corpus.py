@@ -198,7 +198,10 @@ def _docstrings(source: str) -> list[str]:
 
 
 def tokenize_documents(
-    documents: Iterable[TextDocument | str], tokenizer: PreTrainedTokenizerBase, add_end: bool = True
+    documents: Iterable[TextDocument | str],
+    tokenizer: PreTrainedTokenizerBase,
+    add_end: bool = True,
+    special_tokens_in_text: bool = False,
 ) -> list[dict[str, list[int]]]:
     """Samples for the collators: {"input_ids": begin token, the text's tokens, end token} for each document.
 
@@ -208,6 +211,7 @@ def tokenize_documents(
     Args:
         add_end: False leaves the end token out: for GLM's objective, in which spans have end tokens of their own and
             that of the text would stand in the context, behind `[gMASK]`.
+        special_tokens_in_text: read the strings of special tokens in a text as these tokens; otherwise they are text.
 
     Raises:
         CorpusError: no documents.
@@ -218,5 +222,11 @@ def tokenize_documents(
     ends = tokenizer.eos_token_id if add_end else None
     begin, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, ends))
     # `verbose=False`: documents longer than the model are cut by the collators.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=not special_tokens_in_text,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
     return [{"input_ids": begin + ids + end} for ids in encoded]
