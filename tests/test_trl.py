@@ -56,9 +56,10 @@ MODES = {
 }
 
 
-def model_for(variant, tokenizer):
+def model_for(variant, tokenizer, **fields):
     return tiny_model(
         variant,
+        **fields,
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
         pad_token_id=tokenizer.pad_token_id,
@@ -173,6 +174,22 @@ def test_lora_fine_tuning_learns(mode, variant, tokenizer, tmp_path):
     assert sum(losses[-3:]) / 3 < 0.9 * losses[0]
     trainer.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def normed_model(tokenizer):
+    model = model_for("causal", tokenizer, norm_head=True)
+    # Rows whose lengths are far from 1: TRL multiplies by the weight of the head itself.
+    model.lm_head.load_state_dict({"weight": 9 * model.lm_head.state_dict()["weight"]})
+    return model
+
+
+@pytest.mark.parametrize("mode", ["plain", "packed", "completion"])
+def test_supervised_fine_tuning_of_a_normalised_head_begins_at_the_loss_of_the_model(mode, tokenizer, tmp_path):
+    trainer = sft(normed_model(tokenizer), tokenizer, tmp_path, mode)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = normed_model(tokenizer).train()(**batch, use_cache=False, skip_logits=False).loss
+    found = trainer.compute_loss(trainer.model.train(), dict(batch))
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 PREFERENCES = [

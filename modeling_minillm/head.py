@@ -1,0 +1,103 @@
+"""The output head: a Linear, or one whose rows are normalised (Baichuan 2)."""
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+
+# Who asks a module for its `weight` to get the parameter itself: to shard, move, load or replace it.
+PARAMETER_READERS = ("torch.nn.modules.module", "torch.distributed", "transformers.core_model_loading", "accelerate")
+
+
+class NormHead(nn.Module):
+    """Output head whose rows are divided by their length: `h @ normalize(rows).T`, floor 1e-12 (Baichuan 2, `NormHead`
+    in its modeling_baichuan.py).
+
+    Parameters, state dict and files hold the rows as they are trained, under the name `weight`. The attribute `weight`
+    is what the head computes with, made anew at each reading, so that `h @ head.weight.T` is what the head returns and
+    its gradient reaches the rows as trained. Assigning an `nn.Parameter` to it replaces those. Writing into what it
+    returned changes nothing: write into `raw_weight`, and freeze by `head.requires_grad_(False)`.
+
+    It is no `nn.Linear`: an adapter or quantiser that takes a Linear for its weight would make another model of it.
+
+    Args:
+        in_features: width of the hidden states.
+        out_features: number of rows, one a token.
+    """
+
+    bias = None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        # `register_parameter` would find the property in its way.
+        self._parameters["weight"] = nn.Linear(in_features, out_features, bias=False).weight
+
+    @property
+    def raw_weight(self) -> nn.Parameter:
+        """The rows [out_features, in_features] as they are trained and saved."""
+        return self._parameters["weight"]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rows [out_features, in_features] divided by their lengths, in the dtype of `raw_weight`."""
+        # FSDP would train, and save, what it reads here in place of the rows, and nothing but its name tells it apart.
+        if not torch.compiler.is_compiling() and is_read_as_parameter(sys._getframe(1)):
+            return self.raw_weight
+        return nn.functional.normalize(self.raw_weight, dim=-1, eps=1e-12)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def is_read_as_parameter(caller: FrameType) -> bool:
+    return caller.f_globals.get("__name__", "").startswith(PARAMETER_READERS)
+
+
+def build_head(config: MiniLLMConfig) -> nn.Module:
+    if config.norm_head:
+        return NormHead(config.hidden_size, config.vocab_size)
+    return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+def why_not_read(head: nn.Module) -> str | None:
+    """Why `hidden_states @ head.weight.T` need not be what this head returns, or None if it is."""
+    if type(head) not in (nn.Linear, NormHead):
+        return f"the head is a {type(head).__name__}, whose weight is not all that it computes with"
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+        return "the head has hooks"
+    if isinstance(head._parameters["weight"], DTensor):
+        return "the weight of the head is sharded"
+    return None
+
+
+class MiniLLMHeadMixin:
+    """What a language model whose `lm_head` may be a `NormHead` does about it."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        head = self.lm_head
+        if not isinstance(head, NormHead):
+            return super().resize_token_embeddings(*args, **kwargs)
+        # transformers resizes a Linear, from its `weight`: for that time, one that holds the rows as trained.
+        self.lm_head = linear_of(head.raw_weight)
+        try:
+            embeddings = super().resize_token_embeddings(*args, **kwargs)
+            head.weight = self.lm_head.weight
+            head.out_features = self.lm_head.out_features
+        finally:
+            self.lm_head = head
+        return embeddings
+
+
+def linear_of(weight: nn.Parameter) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    return linear
