@@ -1,4 +1,4 @@
-"""The output head: a Linear, or one whose rows are normalised (Baichuan 2)."""
+"""The output head: a Linear, or one whose rows are normalised (Baichuan 2), and what others may do to that one."""
 
 import sys
 from types import FrameType
@@ -55,7 +55,8 @@ class NormHead(nn.Module):
         return nn.functional.linear(hidden_states, self.weight)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        # PEFT quotes it where it refuses an adapter on the head.
+        return f"in_features={self.in_features}, out_features={self.out_features}, norm_head=True"
 
 
 def is_read_as_parameter(caller: FrameType) -> bool:
@@ -82,6 +83,12 @@ def why_not_read(head: nn.Module) -> str | None:
 class MiniLLMHeadMixin:
     """What a language model whose `lm_head` may be a `NormHead` does about it."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # However PEFT makes an adapter, by this it comes into the model.
+        if name == "lm_head" and isinstance(value, nn.Module):
+            refuse_adapter(value)
+        super().__setattr__(name, value)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         head = self.lm_head
         if not isinstance(head, NormHead):
@@ -101,3 +108,14 @@ def linear_of(weight: nn.Parameter) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
     return linear
+
+
+def refuse_adapter(head: nn.Module) -> None:
+    """Refuses what PEFT builds around a `NormHead` but for a whole copy (`modules_to_save`)."""
+    for module in head.modules():
+        if isinstance(getattr(module, "base_layer", None), NormHead):
+            raise ValueError(
+                f"an adapter, {type(module).__name__}, on `lm_head` of a model with `norm_head=True`, which divides "
+                "its rows by their lengths: merging would make another model of it. Leave `lm_head` out of the "
+                "adapter or train it whole by `modules_to_save=['lm_head']`"
+            )

@@ -197,3 +197,65 @@ def test_quantisation_leaves_the_head(tmp_path):
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig(weights="int8"))
     assert "QLinear" in type(quantised.model.layers[0].mlp.up_proj).__name__
     assert spread(quantised(IDS).logits, expected_logits(quantised, rows_of(model))) < 1e-5
+
+
+# Adapters.
+
+ADAPTERS = {
+    "lora": ("LoraConfig", {}),
+    "dora": ("LoraConfig", {"use_dora": True}),
+    "target_parameters": ("LoraConfig", {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]}),
+    "lora_tokens": ("LoraConfig", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 2]}}),
+    "trainable_tokens": ("TrainableTokensConfig", {"token_indices": [1, 2]}),
+    "adalora": ("AdaLoraConfig", {"total_step": 10}),
+    "ia3": ("IA3Config", {"feedforward_modules": []}),
+    "vera": ("VeraConfig", {"target_modules": ["v_proj", "lm_head"]}),
+    "loha": ("LoHaConfig", {}),
+    "lokr": ("LoKrConfig", {}),
+    "oft": ("OFTConfig", {"oft_block_size": 8}),
+    "boft": ("BOFTConfig", {"boft_block_size": 4}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 10}),
+    "vblora": ("VBLoRAConfig", {"num_vectors": 16, "vector_length": 8}),
+    "miss": ("MissConfig", {"r": 4}),
+    "hra": ("HRAConfig", {"r": 4}),
+    "layernorm_tuning": ("LNTuningConfig", {}),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_on_the_head_is_refused(name):
+    kind, arguments = ADAPTERS[name]
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **{"target_modules": ["lm_head"], **arguments})
+    with pytest.raises((ValueError, TypeError), match=r"NormHead|norm_head=True"):
+        peft.get_peft_model(normed_model(), config)
+
+
+def train(model):
+    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=0.05)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model(input_ids=IDS).logits
+
+
+BESIDES = {
+    "all_linear": {"target_modules": "all-linear"},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("way", BESIDES)
+def test_adapters_beside_the_head_survive_saving_and_merging(way, tmp_path):
+    base = normed_model()
+    rows = rows_of(base)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **BESIDES[way]))
+    found = train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = peft.PeftModel.from_pretrained(normed_model(), tmp_path / "adapter")
+    assert torch.equal(reloaded(input_ids=IDS).logits, found)
+    merged = reloaded.merge_and_unload()
+    assert isinstance(merged.lm_head, NormHead) and torch.equal(rows_of(merged), rows) == (way == "all_linear")
+    assert spread(merged(IDS).logits, found) < 1e-5
+    merged.save_pretrained(tmp_path / "merged")
+    assert spread(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits, found) < 1e-5
