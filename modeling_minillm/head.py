@@ -56,7 +56,8 @@ class NormHead(nn.Module):
 
     def extra_repr(self) -> str:
         # PEFT quotes it where it refuses an adapter on the head.
-        return f"in_features={self.in_features}, out_features={self.out_features}, norm_head=True"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, norm_head=True: `model.fold_norm_head()` makes it a Linear"
 
 
 def is_read_as_parameter(caller: FrameType) -> bool:
@@ -81,13 +82,27 @@ def why_not_read(head: nn.Module) -> str | None:
 
 
 class MiniLLMHeadMixin:
-    """What a language model whose `lm_head` may be a `NormHead` does about it."""
+    """What a language model does about a `NormHead` as its `lm_head`; before `PreTrainedModel` among its bases."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # However PEFT makes an adapter, by this it comes into the model.
         if name == "lm_head" and isinstance(value, nn.Module):
             refuse_adapter(value)
         super().__setattr__(name, value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """As in transformers.
+
+        Raises:
+            ValueError: for a Linear in the place of a `NormHead`.
+        """
+        if isinstance(self.lm_head, NormHead) and isinstance(new_embeddings, nn.Linear):
+            raise ValueError(
+                "a Linear as output embeddings of a model with `norm_head=True`, which would be saved as a head that "
+                "normalises: call `model.fold_norm_head()` first, or assign the rows, an nn.Parameter, to "
+                "`model.lm_head.weight`"
+            )
+        super().set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         head = self.lm_head
@@ -103,6 +118,33 @@ class MiniLLMHeadMixin:
             self.lm_head = head
         return embeddings
 
+    @torch.no_grad()
+    def fold_norm_head(self) -> "MiniLLMHeadMixin":
+        """Makes the normalised head a plain one: `lm_head` becomes an `nn.Linear` whose weight is the normalised rows,
+        and `config.norm_head` False.
+
+        Logits stay exactly as they are. From then on nothing keeps the rows at length 1 in training, and adapters on
+        `lm_head` train, merge and reload as on any Linear. A model whose head is plain is left alone.
+
+        Call it before making an optimizer, which would go on with the old rows, and before adding adapters.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: if the head is wrapped, has hooks or is sharded. The model is unchanged then.
+        """
+        if not self.config.norm_head:
+            return self
+        reason = why_not_read(self.lm_head)
+        if reason is not None:
+            raise ValueError(f"`fold_norm_head()`, but {reason}: call it on the model as loaded, on one device")
+        head = self.lm_head
+        rows = nn.Parameter(head.weight, requires_grad=head.raw_weight.requires_grad)
+        self.lm_head = linear_of(rows).train(head.training)
+        self.config.norm_head = False
+        return self
+
 
 def linear_of(weight: nn.Parameter) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -117,5 +159,5 @@ def refuse_adapter(head: nn.Module) -> None:
             raise ValueError(
                 f"an adapter, {type(module).__name__}, on `lm_head` of a model with `norm_head=True`, which divides "
                 "its rows by their lengths: merging would make another model of it. Leave `lm_head` out of the "
-                "adapter or train it whole by `modules_to_save=['lm_head']`"
+                "adapter, train it whole by `modules_to_save=['lm_head']`, or call `model.fold_norm_head()` first"
             )

@@ -298,7 +298,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
 
 
 class MiniLLMForCausalLM(
-    MiniLLMHeadMixin,  # before what it overrides
+    MiniLLMHeadMixin,
     MiniLLMPreTrainedModel,
     MiniLLMInfillingMixin,
     MiniLLMDecodingMixin,

@@ -142,6 +142,14 @@ def test_a_failed_resize_leaves_the_head():
     assert isinstance(model.lm_head, NormHead) and torch.equal(model(IDS).logits, before)
 
 
+def test_a_linear_in_the_place_of_the_head_is_refused():
+    model = normed_model()
+    with pytest.raises(ValueError, match=r"a Linear as output embeddings.*fold_norm_head"):
+        model.set_output_embeddings(torch.nn.Linear(32, VOCABULARY, bias=False))
+    model.set_output_embeddings(head := NormHead(32, VOCABULARY))
+    assert model.get_output_embeddings() is head
+
+
 def test_compiled_without_a_break():
     model = normed_model().train()
     rows = rows_of(model)
@@ -180,6 +188,8 @@ def test_fully_sharded_it_trains_the_same_rows(tmp_path):
         assert torch.equal(sharded.state_dict()["lm_head.weight"].full_tensor(), rows_of(model))
         gradient = dict(sharded.named_parameters())["lm_head.weight"].grad.full_tensor()
         assert spread(gradient, model.lm_head.raw_weight.grad) < 1e-6
+        with pytest.raises(ValueError, match=r"fold_norm_head\(\)`, but the head is a FSDPNormHead"):
+            sharded.fold_norm_head()
     finally:
         dist.destroy_process_group()
 
@@ -230,6 +240,13 @@ def test_an_adapter_on_the_head_is_refused(name):
         peft.get_peft_model(normed_model(), config)
 
 
+@pytest.mark.parametrize("name", ["lora", "target_parameters"])
+def test_the_refusal_says_what_to_do(name):
+    kind, arguments = ADAPTERS[name]
+    with pytest.raises(ValueError, match=r"norm_head=True.*`model\.fold_norm_head\(\)`"):
+        peft.get_peft_model(normed_model(), getattr(peft, kind)(**{"target_modules": ["lm_head"], **arguments}))
+
+
 def train(model):
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=0.05)
     for _ in range(3):
@@ -259,3 +276,58 @@ def test_adapters_beside_the_head_survive_saving_and_merging(way, tmp_path):
     assert spread(merged(IDS).logits, found) < 1e-5
     merged.save_pretrained(tmp_path / "merged")
     assert spread(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits, found) < 1e-5
+
+
+# The head made plain.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folded_head_is_a_plain_one_with_equal_logits(dtype, tmp_path):
+    model = normed_model().to(dtype)
+    before = model(IDS).logits
+    assert model.fold_norm_head() is model and model.fold_norm_head() is model
+    assert type(model.lm_head) is torch.nn.Linear and model.config.norm_head is False
+    assert torch.equal(model(IDS).logits, before)
+    assert spread(model.lm_head.weight.float().norm(dim=-1), torch.ones(VOCABULARY)) < 1e-2
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.lm_head) is torch.nn.Linear and torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    model(IDS, labels=IDS).loss.backward()
+    assert model.lm_head.weight.grad.abs().max() > 0
+
+
+def test_a_frozen_head_stays_frozen_when_folded():
+    model = normed_model()
+    model.lm_head.requires_grad_(False)
+    assert not model.fold_norm_head().lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "oft", "target_parameters"])
+def test_an_adapter_on_a_folded_head_survives_saving_and_merging(name, tmp_path):
+    kind, arguments = ADAPTERS[name]
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **{"target_modules": ["lm_head"], **arguments})
+    model = peft.get_peft_model(normed_model().fold_norm_head(), config)
+    found = train(model)
+    assert spread(found, normed_model()(IDS).logits) > 1e-2
+    model.save_pretrained(tmp_path)
+    reloaded = peft.PeftModel.from_pretrained(normed_model().fold_norm_head(), tmp_path)
+    assert spread(reloaded(input_ids=IDS).logits, found) < 1e-6
+    assert spread(reloaded.merge_and_unload()(IDS).logits, found) < 1e-5
+
+
+def with_hook(model):
+    model.lm_head.register_forward_hook(lambda *call: None)
+
+
+def with_copy(model):
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize(("change", "words"), [(with_hook, "has hooks"), (with_copy, "ModulesToSaveWrapper")])
+def test_what_cannot_be_folded_is_refused_and_left(change, words):
+    model = normed_model()
+    change(model)
+    head, before = model.lm_head, model(IDS).logits
+    with pytest.raises(ValueError, match=words):
+        model.fold_norm_head()
+    assert model.lm_head is head and model.config.norm_head and torch.equal(model(IDS).logits, before)

@@ -230,3 +230,14 @@ def test_preference_optimisation_learns(variant, adapter, tokenizer, tmp_path):
     # Policy and reference are the same at first: minus the log of a coin toss.
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert sum(losses[-3:]) / 3 < 0.6
+
+
+def test_preference_optimisation_of_a_normalised_head_scores_as_the_model_does(tokenizer, tmp_path):
+    """Beside a plain head of the same rows; the first loss alone is that of a coin toss for any head."""
+    entries = []
+    for model in (normed_model(tokenizer), normed_model(tokenizer).fold_norm_head()):
+        trainer = dpo(model, tokenizer, tmp_path / type(model.lm_head).__name__, max_steps=1)
+        train(trainer)
+        entries.append(trainer.state.log_history[0])
+    for key in ("loss", "logps/chosen", "logps/rejected"):
+        assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-5), key
