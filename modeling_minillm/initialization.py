@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.feed_forward import MiniLLMExperts, MiniLLMRouter
+from minillm.head import NormHead
 from minillm.positions import MiniLLMRotaryEmbedding
 
 
@@ -46,6 +47,8 @@ def initialize(module: nn.Module, std: float) -> None:
             init.copy_(getattr(module, name), table)
     elif isinstance(module, MiniLLMRouter):
         init.normal_(module.weight, std=std)
+    elif isinstance(module, NormHead):
+        init.normal_(module.raw_weight, std=std)
     elif isinstance(module, MiniLLMExperts):
         initialize_experts(module, std)
     elif hasattr(module, "init_gain"):

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import PreTrainedModel
@@ -13,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.fused_loss import liger_cross_entropy, uses_liger
-from minillm.normalization import NormHead
+from minillm.head import NormHead, why_not_read
 
 RouterLogits = tuple[torch.Tensor, ...]
 
@@ -133,7 +132,7 @@ def linear_cross_entropy(
 
 def causal_lm_loss(
     hidden_states: torch.Tensor,
-    head: nn.Linear,
+    head: nn.Linear | NormHead,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
@@ -149,30 +148,18 @@ def causal_lm_loss(
     """
     if shift_labels is None:
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    weight = head.effective_weight() if isinstance(head, NormHead) else head.weight
     target = shift_labels.reshape(-1).to(hidden_states.device)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    total = linear_cross_entropy(hidden, weight, target, head.bias, ignore_index)
+    total = linear_cross_entropy(hidden, head.weight, target, head.bias, ignore_index)
     count = (target != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
 
 
 def why_logits(model: PreTrainedModel) -> str | None:
-    """Why the loss of this model has to be made from logits, or None if it need not.
-
-    The weight of a head can be read past its `forward` only where nothing stands in between: no adapter, quantisation,
-    hook or shard.
-    """
-    head = model.lm_head
+    """Why the loss of this model has to be made from logits, or None if it need not."""
     if model.loss_function is not ForCausalLMLoss:
         return "the loss function was replaced by one that reads logits"
-    if type(head) not in (nn.Linear, NormHead):
-        return f"the head is a {type(head).__name__}, whose weight is not all that it computes with"
-    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
-        return "the head has hooks"
-    if isinstance(head.weight, DTensor):
-        return "the weight of the head is sharded"
-    return None
+    return why_not_read(model.lm_head)
 
 
 def skips_logits(

@@ -41,11 +41,12 @@ from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.decoding import MiniLLMDecodingMixin
 from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
+from minillm.head import MiniLLMHeadMixin, build_head
 from minillm.infilling import MiniLLMInfillingMixin
 from minillm.initialization import initialize, mark_gains
 from minillm.loss import causal_lm_loss, join_router_loss, refuse_router_logits, skips_logits
 from minillm.masks import build_attention_inputs
-from minillm.normalization import NORMS, NormHead, identity
+from minillm.normalization import NORMS, identity
 from minillm.positions import POSITION_EMBEDDINGS, POSITION_TABLES, MiniLLMRotaryEmbedding
 from minillm.residual import residual_of
 
@@ -320,7 +321,12 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
 
 
 class MiniLLMForCausalLM(
-    MiniLLMPreTrainedModel, MiniLLMInfillingMixin, MiniLLMDecodingMixin, MiniLLMGenerationMixin, GenerationMixin
+    MiniLLMHeadMixin,
+    MiniLLMPreTrainedModel,
+    MiniLLMInfillingMixin,
+    MiniLLMDecodingMixin,
+    MiniLLMGenerationMixin,
+    GenerationMixin,
 ):
     """The decoder with an output head over the vocabulary."""
 
@@ -333,16 +339,9 @@ class MiniLLMForCausalLM(
         super().__init__(config)
         self.model = MiniLLMModel(config)
         self.vocab_size = config.vocab_size
-        head = NormHead if config.norm_head else nn.Linear
-        self.lm_head = head(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = build_head(config)
         self.output_class = MoeCausalLMOutputWithPast if config.mlp_type == "moe" else CausalLMOutputWithPast
         self.post_init()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        # Resizing hands over a plain Linear that holds the rows as stored.
-        if self.config.norm_head and type(new_embeddings) is nn.Linear:
-            new_embeddings.__class__ = NormHead
-        self.lm_head = new_embeddings
 
     @can_return_tuple
     def forward(

@@ -38,13 +38,3 @@ class MiniLLMLayerNorm(nn.LayerNorm):
 
 
 NORMS = {"rmsnorm": MiniLLMRMSNorm, "layernorm": MiniLLMLayerNorm}
-
-
-class NormHead(nn.Linear):
-    """Output head whose rows are divided by their length (Baichuan2): `h @ normalize(W).T`, floor 1e-12."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states, self.effective_weight(), self.bias)
-
-    def effective_weight(self) -> torch.Tensor:
-        return nn.functional.normalize(self.weight, dim=-1, eps=1e-12)

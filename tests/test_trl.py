@@ -56,9 +56,10 @@ MODES = {
 }
 
 
-def model_for(variant, tokenizer):
+def model_for(variant, tokenizer, **fields):
     return tiny_model(
         variant,
+        **fields,
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
         pad_token_id=tokenizer.pad_token_id,
@@ -175,6 +176,22 @@ def test_lora_fine_tuning_learns(mode, variant, tokenizer, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+def normed_model(tokenizer):
+    model = model_for("causal", tokenizer, norm_head=True)
+    # Rows whose lengths are far from 1: TRL multiplies by the weight of the head itself.
+    model.lm_head.load_state_dict({"weight": 9 * model.lm_head.state_dict()["weight"]})
+    return model
+
+
+@pytest.mark.parametrize("mode", ["plain", "packed", "completion"])
+def test_supervised_fine_tuning_of_a_normalised_head_begins_at_the_loss_of_the_model(mode, tokenizer, tmp_path):
+    trainer = sft(normed_model(tokenizer), tokenizer, tmp_path, mode)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = normed_model(tokenizer).train()(**batch, use_cache=False, skip_logits=False).loss
+    found = trainer.compute_loss(trainer.model.train(), dict(batch))
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
 PREFERENCES = [
     {"prompt": f"number {number}:", "chosen": " " + TEXTS[number], "rejected": " " + TEXTS[-number - 1][::-1]}
     for number in range(16)
@@ -213,3 +230,14 @@ def test_preference_optimisation_learns(variant, adapter, tokenizer, tmp_path):
     # Policy and reference are the same at first: minus the log of a coin toss.
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert sum(losses[-3:]) / 3 < 0.6
+
+
+def test_preference_optimisation_of_a_normalised_head_scores_as_the_model_does(tokenizer, tmp_path):
+    """Beside a plain head of the same rows; the first loss alone is that of a coin toss for any head."""
+    entries = []
+    for model in (normed_model(tokenizer), normed_model(tokenizer).fold_norm_head()):
+        trainer = dpo(model, tokenizer, tmp_path / type(model.lm_head).__name__, max_steps=1)
+        train(trainer)
+        entries.append(trainer.state.log_history[0])
+    for key in ("loss", "logps/chosen", "logps/rejected"):
+        assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-5), key

@@ -20,7 +20,7 @@ from transformers import (
 )
 from vocabulary_cases import CHINESE, ENGLISH, english_tokenizer
 
-from minillm.normalization import NormHead
+from minillm.head import NormHead
 from minillm.tokenization import extend_vocabulary
 from minillm.training import resize_for_vocabulary
 

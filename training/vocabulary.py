@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minillm.normalization import NormHead
+from minillm.head import NormHead
 from minillm.tokenization.vocabulary_extension import spell_new_tokens
 
 
@@ -39,20 +39,21 @@ def resize_for_vocabulary(
     if hasattr(model, "peft_config"):
         raise ValueError("the model has adapters: merge them first (`merge_and_unload`), or resize the base model")
     spelling = spell_new_tokens(old_tokenizer, new_tokenizer)
-    rows = model.get_input_embeddings().weight.shape[0]
+    size = model.get_input_embeddings().weight.shape[0]
     highest = max(old_tokenizer.get_vocab().values())
-    if highest >= rows:
-        raise ValueError(f"old_tokenizer has ids up to {highest}, but the model's embedding only {rows} rows")
+    if highest >= size:
+        raise ValueError(f"old_tokenizer has ids up to {highest}, but the model's embedding only {size} rows")
     tied = is_tied(model)
-    size = max(rows, max(spelling, default=0) + 1)
+    size = max(size, max(spelling, default=0) + 1)
     model.resize_token_embeddings(size, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
     tables = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
+    by_direction = isinstance(head, NormHead)
     if head is not None and not tied:
-        tables += [parameter for parameter in (head.weight, getattr(head, "bias", None)) if parameter is not None]
+        rows = head.raw_weight if by_direction else head.weight
+        tables += [parameter for parameter in (rows, getattr(head, "bias", None)) if parameter is not None]
     for table in tables:
-        by_direction = isinstance(head, NormHead) and table is head.weight
-        fill_rows(table, spelling, highest + 1, by_direction)
+        fill_rows(table, spelling, highest + 1, by_direction and table is head.raw_weight)
     return list(spelling)
 
 

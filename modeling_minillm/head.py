@@ -1,0 +1,163 @@
+"""The output head: a Linear, or one whose rows are normalised (Baichuan 2), and what others may do to that one."""
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+
+# Who asks a module for its `weight` to get the parameter itself: to shard, move, load or replace it.
+PARAMETER_READERS = ("torch.nn.modules.module", "torch.distributed", "transformers.core_model_loading", "accelerate")
+
+
+class NormHead(nn.Module):
+    """Output head whose rows are divided by their length: `h @ normalize(rows).T`, floor 1e-12 (Baichuan 2, `NormHead`
+    in its modeling_baichuan.py).
+
+    Parameters, state dict and files hold the rows as they are trained, under the name `weight`. The attribute `weight`
+    is what the head computes with, made anew at each reading, so that `h @ head.weight.T` is what the head returns and
+    its gradient reaches the rows as trained. Assigning an `nn.Parameter` to it replaces those. Writing into what it
+    returned changes nothing: write into `raw_weight`, and freeze by `head.requires_grad_(False)`.
+
+    It is no `nn.Linear`: an adapter or quantiser that takes a Linear for its weight would make another model of it.
+
+    Args:
+        in_features: width of the hidden states.
+        out_features: number of rows, one a token.
+    """
+
+    bias = None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        # `register_parameter` would find the property in its way.
+        self._parameters["weight"] = nn.Linear(in_features, out_features, bias=False).weight
+
+    @property
+    def raw_weight(self) -> nn.Parameter:
+        """The rows [out_features, in_features] as they are trained and saved."""
+        return self._parameters["weight"]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rows [out_features, in_features] divided by their lengths, in the dtype of `raw_weight`."""
+        # FSDP would train, and save, what it reads here in place of the rows, and nothing but its name tells it apart.
+        if not torch.compiler.is_compiling() and is_read_as_parameter(sys._getframe(1)):
+            return self.raw_weight
+        return nn.functional.normalize(self.raw_weight, dim=-1, eps=1e-12)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self.weight)
+
+    def extra_repr(self) -> str:
+        # PEFT quotes it where it refuses an adapter on the head.
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, norm_head=True: `model.fold_norm_head()` makes it a Linear"
+
+
+def is_read_as_parameter(caller: FrameType) -> bool:
+    return caller.f_globals.get("__name__", "").startswith(PARAMETER_READERS)
+
+
+def build_head(config: MiniLLMConfig) -> nn.Module:
+    if config.norm_head:
+        return NormHead(config.hidden_size, config.vocab_size)
+    return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+def why_not_read(head: nn.Module) -> str | None:
+    """Why `hidden_states @ head.weight.T` need not be what this head returns, or None if it is."""
+    if type(head) not in (nn.Linear, NormHead):
+        return f"the head is a {type(head).__name__}, whose weight is not all that it computes with"
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+        return "the head has hooks"
+    if isinstance(head._parameters["weight"], DTensor):
+        return "the weight of the head is sharded"
+    return None
+
+
+class MiniLLMHeadMixin:
+    """What a language model does about a `NormHead` as its `lm_head`; before `PreTrainedModel` among its bases."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # However PEFT makes an adapter, by this it comes into the model.
+        if name == "lm_head" and isinstance(value, nn.Module):
+            refuse_adapter(value)
+        super().__setattr__(name, value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """As in transformers.
+
+        Raises:
+            ValueError: for a Linear in the place of a `NormHead`.
+        """
+        if isinstance(self.lm_head, NormHead) and isinstance(new_embeddings, nn.Linear):
+            raise ValueError(
+                "a Linear as output embeddings of a model with `norm_head=True`, which would be saved as a head that "
+                "normalises: call `model.fold_norm_head()` first, or assign the rows, an nn.Parameter, to "
+                "`model.lm_head.weight`"
+            )
+        super().set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        head = self.lm_head
+        if not isinstance(head, NormHead):
+            return super().resize_token_embeddings(*args, **kwargs)
+        # transformers resizes a Linear, from its `weight`: for that time, one that holds the rows as trained.
+        self.lm_head = linear_of(head.raw_weight)
+        try:
+            embeddings = super().resize_token_embeddings(*args, **kwargs)
+            head.weight = self.lm_head.weight
+            head.out_features = self.lm_head.out_features
+        finally:
+            self.lm_head = head
+        return embeddings
+
+    @torch.no_grad()
+    def fold_norm_head(self) -> "MiniLLMHeadMixin":
+        """Makes the normalised head a plain one: `lm_head` becomes an `nn.Linear` whose weight is the normalised rows,
+        and `config.norm_head` False.
+
+        Logits stay exactly as they are. From then on nothing keeps the rows at length 1 in training, and adapters on
+        `lm_head` train, merge and reload as on any Linear. A model whose head is plain is left alone.
+
+        Call it before making an optimizer, which would go on with the old rows, and before adding adapters.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: if the head is wrapped, has hooks or is sharded. The model is unchanged then.
+        """
+        if not self.config.norm_head:
+            return self
+        reason = why_not_read(self.lm_head)
+        if reason is not None:
+            raise ValueError(f"`fold_norm_head()`, but {reason}: call it on the model as loaded, on one device")
+        head = self.lm_head
+        rows = nn.Parameter(head.weight, requires_grad=head.raw_weight.requires_grad)
+        self.lm_head = linear_of(rows).train(head.training)
+        self.config.norm_head = False
+        return self
+
+
+def linear_of(weight: nn.Parameter) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    return linear
+
+
+def refuse_adapter(head: nn.Module) -> None:
+    """Refuses what PEFT builds around a `NormHead` but for a whole copy (`modules_to_save`)."""
+    for module in head.modules():
+        if isinstance(getattr(module, "base_layer", None), NormHead):
+            raise ValueError(
+                f"an adapter, {type(module).__name__}, on `lm_head` of a model with `norm_head=True`, which divides "
+                "its rows by their lengths: merging would make another model of it. Leave `lm_head` out of the "
+                "adapter, train it whole by `modules_to_save=['lm_head']`, or call `model.fold_norm_head()` first"
+            )
