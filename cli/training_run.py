@@ -34,6 +34,7 @@ from minillm.training import (
 MASK_OF = {"causal": "causal", "prefix": "prefix", "glm": "prefix", "sft": None}
 """Objectives, and the `attention_type` that each needs."""
 
+TURN_FIELDS = ("answer_start_token_id", "turn_token_ids")
 BLANK_FIELDS = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id")
 LOWEST = {"max_steps": 1, "batch_size": 1, "max_length": 2, "learning_rate": 0.0}
 
@@ -272,6 +273,20 @@ def training_arguments(options: TrainOptions, checkpoints: Path) -> TrainingArgu
     )
 
 
+def name_tokens(config: MiniLLMConfig, objective: str, tokenizer: Any, is_adapter: bool) -> None:
+    """Names in a prefix model's config the tokens by which `generate()` reads a prompt as the collator does."""
+    fields = {"glm": BLANK_FIELDS, "sft": TURN_FIELDS if config.attention_type == "prefix" else ()}.get(objective, ())
+    named = {name: getattr(tokenizer, name, None) for name in fields}
+    missing = {name: value for name, value in named.items() if getattr(config, name) != value}
+    for name, value in named.items():
+        setattr(config, name, value)
+    if missing and is_adapter:
+        say(
+            "the adapter cannot carry what `generate()` has to know of the tokens: set "
+            f"{', '.join(f'{name}={value}' for name, value in missing.items())} in the config.json of the model"
+        )
+
+
 def run(options: TrainOptions) -> None:
     """Trains, reports the held-out perplexity, and writes the model (with LoRA: the adapter) to `out`."""
     require_free(options.out)
@@ -282,10 +297,7 @@ def run(options: TrainOptions) -> None:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
     objective = choose_objective(options, model.config)
     collator = build_collator(objective, tokenizer, options, model.config)
-    if objective == "glm":
-        # So that generate() knows a prompt with a blank.
-        for name in BLANK_FIELDS:
-            setattr(model.config, name, getattr(tokenizer, name))
+    name_tokens(model.config, objective, tokenizer, options.lora)
     train_samples, held_out = read_samples(options, objective, tokenizer)
     rows = pack_dataset(train_samples, collator)
     held_out_rows = pack_dataset(held_out, collator, fixed_prefixes=True)

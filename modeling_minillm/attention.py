@@ -149,11 +149,9 @@ class MiniLLMAttention(nn.Module):
     def _local(
         self, query: torch.Tensor, mask: torch.Tensor | BlockMask | None, bias: PositionBias | FoldedBias | None
     ) -> tuple[torch.Tensor | BlockMask | None, PositionBias | FoldedBias | None]:
-        """Fits mask and bias to the query: its dtype, and under tensor parallelism the heads of this rank."""
+        """Leaves the heads of this rank, under tensor parallelism."""
         count = query.shape[1]
         if isinstance(mask, torch.Tensor):
-            if mask.is_floating_point():
-                mask = mask.to(query.dtype)
             mask = self._local_heads(query, mask)
         if bias is not None and bias.num_heads != count:
             bias = bias.local_heads(self._first_local_head(count), count)

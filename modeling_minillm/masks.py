@@ -102,6 +102,18 @@ def block_mask(layout: Layout) -> BlockMask:
     )
 
 
+def added_dtype(layout: Layout, kind: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what is added to scores: float32, in which a bias is exact in a model of 16 bits too; that of the
+    queries where SDPA's kernels of an accelerator take no other.
+
+    Args:
+        kind: the back end's, see `minillm.capabilities.kind_of`.
+        dtype: of the queries, see `autocast_dtype`.
+    """
+    takes_float32 = kind == "eager" or layout.device.type == "cpu"
+    return torch.promote_types(dtype, torch.float32) if takes_float32 else dtype
+
+
 def combine(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """One additive mask of mask and bias in `dtype`; the mask alone where there is no bias."""
     if bias is None:
@@ -198,8 +210,9 @@ def mask_and_bias(
     if config.position_embedding_type in POSITION_BIASES:
         scheme = POSITION_BIASES[config.position_embedding_type]
         bias = scheme(config, layout.position_ids, layout.key_positions, inputs_embeds.dtype)
+    added = added_dtype(layout, kind, dtype)
     if custom is not None:
-        return own_mask(layout, custom, bias, kind, inputs_embeds.dtype)
+        return own_mask(layout, custom, bias, kind, added)
     if kind in ("flash", "engine", "other"):
         create = create_bidirectional_mask if config.attention_type == "bidirectional" else create_causal_mask
         return create(config, inputs_embeds, attention_mask, **{CACHE_NAME: cache}), None
@@ -215,7 +228,7 @@ def mask_and_bias(
     bias = None if bias is None else bias.dense()
     # A single token that sees every key needs no more than its bias.
     mask = None if layout.query_length == 1 and layout.is_plain() else dense_mask(layout)
-    return combine(mask, bias, inputs_embeds.dtype), None
+    return combine(mask, bias, added), None
 
 
 def own_mask(
@@ -244,6 +257,7 @@ def own_mask(
                 "use 'sdpa' or 'eager'"
             )
         if mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
-        return mask.expand(layout.batch, -1, -1, -1), bias
+            mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
+        return mask.to(dtype).expand(layout.batch, -1, -1, -1), bias
+    mask = mask.to(dtype) if mask.is_floating_point() else mask
     return combine(mask, None if bias is None else bias.dense(), dtype), None

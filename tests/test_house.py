@@ -48,6 +48,8 @@ def test_public_names():
         "MiniLLMPreTrainedModel",
         "MiniLLMTokenizer",
         "__version__",
+        "find_prompts",
+        "number_prompts",
     ]
 
 

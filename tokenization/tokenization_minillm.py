@@ -34,7 +34,8 @@ NAMED_TOKENS = {
     "eop_token": "<|endofpiece|>",
 }
 UNK_TOKEN = "<|unk|>"
-ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
+ANSWER_ROLE_TOKEN = "<|assistant|>"
+ROLE_TOKENS = ("<|system|>", "<|user|>", ANSWER_ROLE_TOKEN)
 
 # No text stands between a role's token and the content: special tokens are cut out before the subword model runs, so
 # no token straddles the border of a turn, earlier turns keep their tokens, and the assistant mask is exact.
@@ -275,7 +276,8 @@ class MiniLLMTokenizer(AddedTokensMixin, GLMInputsMixin, PreTrainedTokenizerFast
     Beside the usual special tokens it knows GLM's (Du et al. 2022, section 2.1; Zeng et al. 2022, section 2.2) by
     name, each with an `_id`: `mask_token`, `gmask_token`, `smask_token`, `sop_token` (a span begins), `eop_token` (a
     span ends). A token that a checkpoint lacks is None. `build_glm_inputs` makes a model's inputs from texts with
-    blanks.
+    blanks. `answer_start_token_id` and `turn_token_ids` are those of the chat template's roles, as `MiniLLMConfig`
+    takes them.
 
     Encoding adds no special token: collators set the end token themselves, and chats come with theirs from the chat
     template. As in all of transformers, `tokenizer(text)` reads the strings of special tokens in a text as these
@@ -294,6 +296,17 @@ class MiniLLMTokenizer(AddedTokensMixin, GLMInputsMixin, PreTrainedTokenizerFast
     ]
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
+
+    @property
+    def answer_start_token_id(self) -> int | None:
+        """Id of the role token after which an answer begins, `<|assistant|>`; None if the vocabulary lacks it."""
+        return self.backend_tokenizer.token_to_id(ANSWER_ROLE_TOKEN)
+
+    @property
+    def turn_token_ids(self) -> list[int] | None:
+        """Ids of the role tokens, each of which starts a turn; None if the vocabulary lacks `<|assistant|>`."""
+        ids = [self.backend_tokenizer.token_to_id(token) for token in ROLE_TOKENS]
+        return None if self.answer_start_token_id is None else [token for token in ids if token is not None]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs) -> "MiniLLMTokenizer":
