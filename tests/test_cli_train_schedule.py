@@ -4,6 +4,7 @@ A callback notes what the optimizer holds at each step; the expected numbers are
 """
 
 import functools
+import json
 import math
 
 import pytest
@@ -45,10 +46,14 @@ class Notes(TrainerCallback):
     """What each step of a run used."""
 
     def __init__(self):
-        self.rates, self.decays, self.gradients, self.norms, self.types = [], [], [], [], []
+        self.rates, self.decays, self.gradients, self.norms, self.batches = [], [], [], [], []
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.hook = model.register_forward_pre_hook(self.note_batch, with_kwargs=True)
+
+    def note_batch(self, model, inputs, named):
+        self.batches.append((named["input_ids"].shape[0], torch.is_autocast_enabled("cpu"), model.training))
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         # The name that a group's parameters have in the model.
@@ -63,6 +68,7 @@ class Notes(TrainerCallback):
         self.norms += [logs["grad_norm"]] if "grad_norm" in logs else []
 
     def on_train_end(self, args, state, control, model, **kwargs):
+        self.hook.remove()
         self.end = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
@@ -165,6 +171,18 @@ def test_gradients_are_clipped_to_a_norm_of_one(models, train):
     norms = [torch.cat([own.flatten() for own in step.values()]).norm().item() for step in notes.gradients]
     assert len(notes.norms) == 20 and max(notes.norms) > 1.5
     assert norms == pytest.approx([min(1.0, norm) for norm in notes.norms], rel=1e-4)
+
+
+def test_a_step_reads_one_batch_of_the_given_size_in_float32(models, train):
+    notes = train("--model", models["causal"], *FAST)
+    assert notes.batches == [(2, False, True)] * 20
+
+
+def test_an_adapter_has_rank_16_and_a_scaling_of_2(models, train):
+    notes = train("--model", models["causal"], *ADAPTER)
+    assert {tensor.shape[0] for name, tensor in notes.start.items() if "lora_A" in name} == {16}
+    config = json.loads((notes.out / "adapter_config.json").read_text("utf-8"))
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (16, 32, 0.0)
 
 
 EMBEDDING = "model.embed_tokens.weight"
