@@ -50,10 +50,12 @@ class Notes(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        self.hook = model.register_forward_pre_hook(self.note_batch, with_kwargs=True)
+        # Inside of the model, where mixed precision would be on.
+        linear = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+        self.hook = linear.register_forward_hook(self.note_batch)
 
-    def note_batch(self, model, inputs, named):
-        self.batches.append((named["input_ids"].shape[0], torch.is_autocast_enabled("cpu"), model.training))
+    def note_batch(self, linear, inputs, output):
+        self.batches.append((output.shape[0], output.dtype, linear.training))
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         # The name that a group's parameters have in the model.
@@ -175,7 +177,7 @@ def test_gradients_are_clipped_to_a_norm_of_one(models, train):
 
 def test_a_step_reads_one_batch_of_the_given_size_in_float32(models, train):
     notes = train("--model", models["causal"], *FAST)
-    assert notes.batches == [(2, False, True)] * 20
+    assert notes.batches == [(2, torch.float32, True)] * 20
 
 
 def test_an_adapter_has_rank_16_and_a_scaling_of_2(models, train):
