@@ -12,8 +12,10 @@ from reference import alibi_slopes, rope_frequencies, sandwich_bias, sinusoid
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from minillm.conversion.transforms import _normalise_rows
 from minillm.normalization import NORMS
 from minillm.positions import POSITION_BIASES, MiniLLMRotaryEmbedding, sinusoidal_embedding
+from minillm.training.vocabulary import fill_rows
 
 FAR = [0, 1, 2, 255, 257, 4_097, 65_537, 99_999, 100_000, 131_071]
 """Positions of which bfloat16 holds the first four exactly, and float16 the first five."""
@@ -57,6 +59,18 @@ def test_rmsnorm_rounds_where_llamas_does(dtype):
             norm.weight.copy_(1 + randn(64, scale=0.3, seed=1))
     x = randn(100, 64, dtype=dtype, scale=5.0)
     assert torch.equal(ours(x), theirs(x))
+
+
+@each_half
+def test_directions_of_rows_that_are_written(dtype):
+    """Of a head with normalised rows: for a checkpoint of another family, and for new tokens."""
+    rows = randn(20, 512, dtype=dtype, scale=3.0)
+    unit = rows.double() / rows.double().norm(dim=-1, keepdim=True)
+    assert_rounded_once(_normalise_rows((rows,), None)[0], unit, dtype)
+    table = torch.cat((rows, rows.new_zeros(1, 512)))
+    fill_rows(table, {20: [3, 5, 8]}, num_old=20, by_direction=True)
+    assert_rounded_once(table[20], unit[[3, 5, 8]].mean(0), dtype, slack=1e-7)
+    assert torch.equal(table[:20], rows)
 
 
 ROPES = {
