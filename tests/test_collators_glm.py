@@ -373,6 +373,11 @@ def test_rows_of_other_collators_are_refused_where_they_do_not_fit():
     causal = {"input_ids": list(range(10, 70)), "document_ids": [1] * 60}
     with pytest.raises(ValueError, match=r"a packed row may need .* `max_length` is 64: pack with this"):
         glm()([causal])
+    # Two documents of one token and two need 3 + 4 slots, and one for the last end token.
+    short = {"input_ids": [10, 11, 12], "document_ids": [1, 2, 2]}
+    assert glm("document", max_length=8)([short])["input_ids"].shape[1] <= 8
+    with pytest.raises(ValueError, match=r"may need 7 slots .* `max_length` is 7: pack with this"):
+        glm("document", max_length=7)([short])
     prefix = DataCollatorForPrefixLM(max_length=32, pad_token_id=0)
     with pytest.raises(ValueError, match="holds the prefixes of another collator"):
         glm()(pack_dataset([list(range(10, 30))], prefix, fixed_prefixes=True))
