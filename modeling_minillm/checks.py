@@ -151,8 +151,10 @@ def check_positions(
     )
 
 
-def check_labels(name: str, labels: torch.Tensor, shape: torch.Size, classes: int, ignore_index: int = -100) -> None:
-    """Labels of the given shape: `ignore_index`, or from 0 on and below `classes`."""
+def read_labels(
+    name: str, labels: torch.Tensor, shape: torch.Size, classes: int, ignore_index: int = -100
+) -> torch.Tensor:
+    """Labels of the given shape, `ignore_index` or from 0 on and below `classes`, as int64."""
     require_integers(name, labels)
     if labels.shape != shape:
         raise ValueError(f"`{name}` has shape {list(labels.shape)}; expected {list(shape)}")
@@ -160,6 +162,7 @@ def check_labels(name: str, labels: torch.Tensor, shape: torch.Size, classes: in
         ((labels >= 0) & (labels < classes)) | (labels == ignore_index),
         f"`{name}` hold values other than {ignore_index} (not scored) and 0 to {classes - 1}",
     )
+    return labels.long()
 
 
 def check_answer_spans(start_positions: torch.Tensor | None, end_positions: torch.Tensor | None) -> None:

@@ -49,7 +49,9 @@ class NormHead(nn.Module):
         # FSDP would train, and save, what it reads here in place of the rows, and nothing but its name tells it apart.
         if not torch.compiler.is_compiling() and is_read_as_parameter(sys._getframe(1)):
             return self.raw_weight
-        return nn.functional.normalize(self.raw_weight, dim=-1, eps=1e-12)
+        # In float16 the floor of float32 would be 0, and a row of zeros not a number.
+        floor = max(1e-12, torch.finfo(self.raw_weight.dtype).tiny)
+        return nn.functional.normalize(self.raw_weight, dim=-1, eps=floor)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden_states, self.weight)

@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from minillm.attention import MiniLLMAttention
 from minillm.cache import CACHE_NAME, one_cache, with_room
 from minillm.capabilities import check, kind_of
-from minillm.checks import check_answer_spans, check_attention_mask, check_cache, check_labels, check_tokens
+from minillm.checks import check_answer_spans, check_attention_mask, check_cache, check_tokens, read_labels
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.decoding import MiniLLMDecodingMixin
 from minillm.feed_forward import MLPS, MiniLLMRouter
@@ -399,10 +399,11 @@ class MiniLLMForCausalLM(
         if not skips:
             logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
         if labels is not None and self.loss_function is ForCausalLMLoss:
-            shape = hidden_states.shape[:-1] if skips else logits.shape[:-1]
-            for name, values in (("labels", labels), ("shift_labels", kwargs.get("shift_labels"))):
-                if values is not None:
-                    check_labels(name, values, shape, self.config.vocab_size, kwargs.get("ignore_index", -100))
+            expected = hidden_states.shape[:-1] if skips else logits.shape[:-1], self.config.vocab_size
+            ignored = {"ignore_index": kwargs["ignore_index"]} if "ignore_index" in kwargs else {}
+            labels = read_labels("labels", labels, *expected, **ignored)
+            if kwargs.get("shift_labels") is not None:
+                kwargs["shift_labels"] = read_labels("shift_labels", kwargs["shift_labels"], *expected, **ignored)
         if skips:
             loss = causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
         elif labels is not None:
@@ -465,7 +466,7 @@ class MiniLLMForSequenceClassification(MiniLLMPreTrainedModel):
         if labels is not None:
             is_class = self.num_labels > 1 and not labels.is_floating_point()
             if is_class and self.config.problem_type in (None, "single_label_classification"):
-                check_labels("labels", labels.flatten(), logits.shape[:1], self.num_labels)
+                labels = read_labels("labels", labels.flatten(), logits.shape[:1], self.num_labels)
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -534,7 +535,7 @@ class MiniLLMForTokenClassification(GenericForTokenClassification, MiniLLMPreTra
         refuse_router_logits(self.config, kwargs)
         if labels is not None:
             tokens = inputs_embeds if input_ids is None else input_ids
-            check_labels("labels", labels, tokens.shape[:2], self.num_labels)
+            labels = read_labels("labels", labels, tokens.shape[:2], self.num_labels)
         cache = one_cache(cache, past_key_values)
         inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache)
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}

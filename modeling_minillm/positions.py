@@ -52,6 +52,16 @@ class MiniLLMRotaryEmbedding(nn.Module):
             tables["long_inv_freq"], _ = functions["longrope"](config, seq_len=beyond)
         return tables, scaling
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MiniLLMRotaryEmbedding":
+        """Moves the tables, but keeps them in float32 where a model is cast: rounded frequencies turn far positions by
+        other angles."""
+        tables = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, table in tables.items():
+            if self._buffers[name].dtype != table.dtype:
+                self._buffers[name] = table.to(self._buffers[name].device)
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config: MiniLLMConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
         """`theta ** (-2i / dim)` over the rotary channels."""

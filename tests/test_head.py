@@ -331,3 +331,12 @@ def test_what_cannot_be_folded_is_refused_and_left(change, words):
     with pytest.raises(ValueError, match=words):
         model.fold_norm_head()
     assert model.lm_head is head and model.config.norm_head and torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_of_zeros_scores_zero(dtype):
+    model = normed_model().to(dtype)
+    with torch.no_grad():
+        model.lm_head.raw_weight[3] = 0
+        logits = model(IDS).logits
+    assert torch.isfinite(logits).all() and (logits[..., 3] == 0).all() and logits[..., 4].abs().max() > 0

@@ -125,12 +125,16 @@ def test_angles_of_far_positions(rope, dtype, autocast):
 
 @each_half
 @pytest.mark.parametrize("way", ["to", "by name"])
-def test_angles_after_a_cast_are_those_of_the_frequencies_it_left(way, dtype):
+def test_a_cast_leaves_the_frequencies_alone(way, dtype):
     config = tiny_config(head_dim=16)
     model = loud_model(config)
+    before = {name: table.clone() for name, table in model.model.rotary_emb.named_buffers()}
     by_name = model.half if dtype == torch.float16 else model.bfloat16
     rotary = (model.to(dtype) if way == "to" else by_name()).model.rotary_emb
+    for name, table in rotary.named_buffers():
+        assert table.dtype == torch.float32 and torch.equal(table, before[name])
     assert_exact_rotation(rotary, config, rotary.inv_freq.double(), 1.0, dtype)
+    assert all(table.device.type == "meta" for table in rotary.to("meta").buffers())
 
 
 @pytest.fixture(scope="module")
