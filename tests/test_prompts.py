@@ -1,11 +1,11 @@
-"""Conversations with a prefix model: each prompt is a bidirectional block of its own, answers are causal, by one rule for
-the collator, forward, generate(), the chat template and the command line."""
+"""Conversations with a prefix model: each prompt is a bidirectional block of its own, answers are causal, by one rule
+for the collator, forward, generate(), the chat template and the command line."""
 
 import random
 
 import pytest
 import torch
-from cli_cases import SHORT, succeed
+from cli_cases import succeed
 from matrix_cases import LENGTH, VOCAB, assert_close, double_weights, loud_model, rows, tiny_config
 from reference import reference_logits
 from transformers import DynamicCache, StaticCache
@@ -17,6 +17,7 @@ from minillm.training import DataCollatorForSFT, pack_dataset
 
 ANSWER, USER, SYSTEM, END = 5, 6, 7, 2
 CHAT = {"answer_start_token_id": ANSWER, "turn_token_ids": [SYSTEM, USER, ANSWER], "eos_token_id": END}
+SHORT = ("--max-steps", "2", "--batch-size", "2", "--max-length", "32")
 SCHEMES = {
     "rope": {},
     "alibi": {"position_embedding_type": "alibi"},
@@ -67,7 +68,7 @@ def test_numbers_written_out():
     got = number_prompts(rows("0111011001"), rows("0011011111"))
     assert got.tolist() == rows("0011011002").tolist()
     got = number_prompts(rows("1101101101"), document_ids=rows("0000011111"))
-    assert got.tolist() == rows("1102211202").tolist()
+    assert got.tolist() == rows("1102201102").tolist()
 
 
 CONVERSATION = rows("1100220300")
@@ -81,7 +82,7 @@ CONVERSATION = rows("1100220300")
         {"prefix_mask": rows("1100220300", "1111002233")},
         {"prefix_mask": rows("0011002200", "0000001111")},
         {"prefix_mask": rows("0110220003", "0011022033"), "attention_mask": rows("0110111111", "0011111111")},
-        {"prefix_mask": rows("1102101203", "1011220100"), "document_ids": rows("0000111111", "0011111222")},
+        {"prefix_mask": rows("1102102203", "1011220100"), "document_ids": rows("0000111111", "0011111222")},
     ],
     ids=["turns", "answer_first", "padding", "documents"],
 )
@@ -95,8 +96,14 @@ def test_several_prompts_equal_the_twin(scheme, back_end, inputs):
     assert_close(model(ids, **inputs).logits[real], expected[real], scheme)
 
 
+PAD = 0
+OF_A_CHAT = [PAD, END, ANSWER, USER, SYSTEM]
+
+
 def continued(model, text, **options):
-    return model.generate(text, max_new_tokens=4, do_sample=False, pad_token_id=0, **options)
+    """Four more tokens, none of which is padding or starts or ends a turn."""
+    options |= {"suppress_tokens": OF_A_CHAT, "pad_token_id": PAD}
+    return model.generate(text, max_new_tokens=4, do_sample=False, **options)
 
 
 def later_turns(kind):
@@ -113,10 +120,8 @@ def later_turns(kind):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_cached_equals_uncached_over_three_turns(scheme, cache_kind, kind):
     """And both the twin, which reads the conversation with the numbers found by hand."""
-    # Weights under which no answer ends by itself: the turns say how each ends.
     config = tiny_config(attention_type="prefix", **CHAT, **SCHEMES[scheme])
-    model = loud_model(config, seed=4)
-    model.generation_config.eos_token_id = None
+    model = loud_model(config)
     cache = DynamicCache(config=config) if cache_kind == "dynamic" else StaticCache(config, max_cache_len=50)
     text = torch.tensor([[SYSTEM, 8, USER, 9, ANSWER]])
     for added in (*later_turns(kind), []):
@@ -129,14 +134,14 @@ def test_cached_equals_uncached_over_three_turns(scheme, cache_kind, kind):
             for _ in range(4):
                 mask = torch.nn.functional.pad(numbers, (0, answer.shape[1] - numbers.shape[1]))
                 logits = reference_logits(config, double_weights(model), answer, prefix_mask=mask)
+                logits[..., OF_A_CHAT] = -torch.inf
                 answer = torch.cat([answer, logits[:, -1:].argmax(-1)], dim=1)
         assert torch.equal(whole, answer)
         text = torch.cat([whole, torch.tensor([added], dtype=torch.long)], dim=1)
 
 
 def test_turns_of_a_padded_batch():
-    model = loud_model(tiny_config(attention_type="prefix", **CHAT), seed=4)
-    model.generation_config.eos_token_id = None
+    model = loud_model(tiny_config(attention_type="prefix", **CHAT))
     short, long = [USER, 9, ANSWER], [USER, 9, ANSWER, 10, 11, END, USER, 12, ANSWER]
     batch = torch.tensor([[0] * 6 + short, long])
     mask = (batch != 0).long()
@@ -223,7 +228,7 @@ def test_the_command_line_names_the_tokens_of_a_chat(objective, tokenizer, tmp_p
     MiniLLMForCausalLM(config).save_pretrained(tmp_path / "base")
     turns = '{"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Six."}]}\n'
     (tmp_path / "data.jsonl").write_text(turns * 4)
-    (tmp_path / "text.txt").write_text("What is two times three? Six. " * 50)
+    (tmp_path / "text.txt").write_text("What is two times three?\nSix.\n\n" * 400)
     data = tmp_path / ("data.jsonl" if objective == "sft" else "text.txt")
     out = tmp_path / "out"
     arguments = ["train", "--model", tmp_path / "base", "--data", data, "--objective", objective, "--out", out]
