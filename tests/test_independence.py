@@ -7,6 +7,8 @@ from reference import reference_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from variant_cases import GENERATIVE, VARIANTS, inputs_of, model_of, tokens
 
+import minillm.layout
+
 ROPE = {"rope_theta": 100.0, "factor": 2.0}
 BY_LENGTH = {
     "dynamic": {"rope_parameters": {**ROPE, "rope_type": "dynamic"}, "max_position_embeddings": 5},
@@ -142,3 +144,42 @@ def test_cached_keys_count_towards_the_length(name):
 def one_by_one():
     cache = DynamicCache()
     return [(cache, 0, 7), (cache, 7, 8), (cache, 8, 9)]
+
+
+# --- what is read out of positions ---
+
+ZEROS = torch.tensor([[0, 1, 2, 3, 0, 0, 0, 0]])
+
+
+@pytest.fixture
+def warnings_of(monkeypatch):
+    told = []
+    monkeypatch.setattr(minillm.layout.logger, "warning_once", lambda message: told.append(message))
+
+    def run(model, **inputs):
+        told.clear()
+        with torch.no_grad():
+            logits = model(tokens(batch=1, length=8), **inputs).logits
+        return logits, list(told)
+
+    return run
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_run_of_zeros_is_documents_of_one_token_and_said_once(warnings_of, use_cache):
+    model = loud_model(tiny_config())
+    logits, told = warnings_of(model, position_ids=ZEROS, use_cache=use_cache)
+    assert len(told) == 1 and "run of zeros" in told[0]
+    documents, _ = warnings_of(model, position_ids=ZEROS, document_ids=torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4]]))
+    assert_close(logits, documents.double(), "five documents")
+
+
+def test_what_says_what_zeros_mean_is_not_warned_of(warnings_of):
+    model = loud_model(tiny_config())
+    real = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0]])
+    alone = warnings_of(model)[0][:, :4]
+    for inputs in ({"attention_mask": real}, {"document_ids": torch.zeros_like(ZEROS)}):
+        logits, told = warnings_of(model, position_ids=ZEROS, **inputs)
+        assert not told
+        assert_close(logits[:, :4], alone.double(), str(inputs))
+    assert not warnings_of(model, position_ids=torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]]))[1]

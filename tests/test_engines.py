@@ -1,0 +1,104 @@
+"""Engines that lay the tokens of several requests in one row: they keep them apart by themselves, and what they cannot
+serve is refused when the model is loaded, never in a running batch."""
+
+import pytest
+import torch
+from matrix_cases import POSITIONS, assert_close, loud_model, tiny_config
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from variant_cases import tokens
+
+from minillm import MiniLLMForCausalLM
+from minillm.capabilities import refusal
+
+BOUNDS = [(0, 3), (3, 4), (4, 10)]
+REFUSED = {
+    "prefix": {"attention_type": "prefix"},
+    "bidirectional": {"attention_type": "bidirectional"},
+    "alibi": {"position_embedding_type": "alibi"},
+    "sandwich": {"position_embedding_type": "sandwich"},
+    "window": {"sliding_window": 4},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 8,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+        }
+    },
+}
+
+
+@pytest.fixture(params=["vllm", "sglang"])
+def engine(request, monkeypatch):
+    """A back end that, as engines do, knows by itself where the requests of a row begin."""
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask is None
+        parts = [
+            sdpa_attention_forward(
+                module, query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], None, **kwargs
+            )[0]
+            for start, end in BOUNDS
+        ]
+        return torch.cat(parts, dim=1), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, request.param, attend)
+    return request.param
+
+
+@pytest.mark.parametrize("scheme", [name for name in POSITIONS if "alibi" not in name and name != "sandwich"])
+@torch.no_grad()
+def test_a_row_of_requests_equals_each_alone(engine, scheme):
+    model = loud_model(tiny_config(**POSITIONS[scheme]))
+    ids = tokens(batch=1)
+    alone = torch.cat([model(ids[:, start:end]).logits for start, end in BOUNDS], dim=1)
+    model.set_attn_implementation(engine)
+    positions = torch.cat([torch.arange(end - start) for start, end in BOUNDS])[None]
+    assert_close(model(ids, position_ids=positions, use_cache=False).logits, alone.double(), scheme)
+
+
+@pytest.mark.parametrize("variant", REFUSED)
+def test_a_variant_is_refused_when_it_is_loaded(engine, variant, tmp_path):
+    loud_model(tiny_config(**REFUSED[variant])).save_pretrained(tmp_path)
+    config = tiny_config(**REFUSED[variant])
+    config._attn_implementation = engine
+    for load in (
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=engine),
+        lambda: AutoModel.from_pretrained(tmp_path, attn_implementation=engine),
+        lambda: MiniLLMForCausalLM(config),
+        lambda: loud_model(tiny_config(**REFUSED[variant])).set_attn_implementation(engine),
+    ):
+        with pytest.raises(ValueError, match=f"attn_implementation='{engine}' cannot serve") as caught:
+            load()
+        assert "vLLM" in str(caught.value) and "generate()" in str(caught.value)
+
+
+@pytest.mark.parametrize("variant", REFUSED)
+def test_continuous_batching_is_refused_before_a_batch_is_made(variant):
+    model = loud_model(tiny_config(**REFUSED[variant]))
+    # `transformers serve` asks so, and answers one request after the other where it finds nothing.
+    assert not hasattr(model, "init_continuous_batching")
+    options = GenerationConfig(max_new_tokens=2)
+    with pytest.raises(ValueError, match="continuous batching"):
+        model.generate_batch(inputs=[[3, 4, 5]], generation_config=options)
+    with pytest.raises(ValueError, match="continuous batching"), model.continuous_batching_context_manager():
+        pass
+
+
+def test_continuous_batching_is_offered_where_it_is_right():
+    for scheme in ("rope", "learned", "none"):
+        model = loud_model(tiny_config(**POSITIONS[scheme]))
+        assert hasattr(model, "init_continuous_batching") and refusal(model.config, "paged") is None
+
+
+@pytest.mark.parametrize("variant", ["prefix", "alibi"])
+def test_a_server_answers_request_by_request(variant):
+    from transformers.cli.serving.utils import GenerationState, Modality
+
+    state = GenerationState(continuous_batching=True)
+    assert not state.use_continuous_batching(loud_model(tiny_config(**REFUSED[variant])), Modality.LLM)
+    assert state.use_continuous_batching(loud_model(tiny_config()), Modality.LLM)
