@@ -11,9 +11,11 @@ import torch
 from fill_cases import WordTokenizer, fill_model
 from matrix_cases import VOCAB, batch, loud_model, real_tokens, tiny_config
 from precision_cases import SEED, assert_rounded_once, each_half, randn
-from reference import router_loss
+from reference import alibi_slopes, router_loss
 from torch.nn import functional as F
+from transformers import AttentionInterface, DynamicCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minillm import MiniLLMForCausalLM, blocked_attention
 from minillm.attention import eager_attention_forward
@@ -272,3 +274,38 @@ def test_models_in_half_precision_stay_near(name, dtype, back_end):
     real = real_tokens(inputs)
     assert found.dtype == dtype and found.isfinite().all()
     assert (found[real].double() - exact[real]).norm() <= 6 * torch.finfo(dtype).eps * exact[real].norm()
+
+
+@pytest.mark.parametrize("back_end", ["eager", "sdpa"])
+@pytest.mark.parametrize("scheme", ["alibi", "sandwich"])
+@each_half
+def test_the_bias_of_a_decoding_step_is_exact_at_8192_tokens(scheme, back_end, dtype, monkeypatch):
+    """What is added to the scores of a new token, against float64; in the model's dtype it would be off by 0.06."""
+    fields = {"position_embedding_type": scheme, "num_attention_heads": 6, "hidden_size": 36, "sandwich_dim": 6}
+    if scheme == "alibi":
+        del fields["sandwich_dim"]
+    config = tiny_config(num_hidden_layers=1, **fields)
+    model = loud_model(config).to(dtype)
+    model.set_attn_implementation(back_end)
+    added = []
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(back_end, eager_attention_forward)
+
+    def watched(module, query, key, value, attention_mask, **kwargs):
+        added.append(attention_mask)
+        return attend(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, back_end, watched)
+    cache = DynamicCache()
+    with torch.no_grad():
+        # Keys and values do not matter here: a cache of zeros is as good.
+        cache.update(*torch.zeros(2, 1, 6, 8192, 6, dtype=dtype), 0)
+        model(torch.tensor([[3]]), past_key_values=cache)
+    distance = torch.arange(8192, -1, -1, dtype=torch.float64)
+    for head, bias in enumerate(added[0][0, :, 0].double()):
+        if scheme == "alibi":
+            expected = -alibi_slopes(6)[head] * distance
+        else:
+            angles = distance[:, None] / 10000.0 ** (torch.arange(0, 6, 2, dtype=torch.float64) / 6)
+            expected = angles.cos().sum(-1) / (8 * (head + 1) / 6)
+        near = expected > -20
+        assert (bias - expected)[near].abs().max() < 2e-6 * 20
