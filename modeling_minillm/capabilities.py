@@ -82,13 +82,15 @@ def kind_of(implementation: str | None) -> str:
 
 def features_of(config: MiniLLMConfig) -> frozenset[str]:
     """What a variant asks of a back end beyond plain causal attention."""
+    # Not read by name from the config itself, which takes transformers three function calls for each, in each forward.
+    fields = vars(config)
     wanted = {
         "any": True,
-        "prefix": config.attention_type == "prefix",
-        "bidirectional": config.attention_type == "bidirectional",
-        "bias": config.position_embedding_type in ("alibi", "sandwich"),
-        "window": config.sliding_window is not None,
-        "dropout": config.attention_dropout > 0,
+        "prefix": fields["attention_type"] == "prefix",
+        "bidirectional": fields["attention_type"] == "bidirectional",
+        "bias": fields["position_embedding_type"] in ("alibi", "sandwich"),
+        "window": fields["sliding_window"] is not None,
+        "dropout": fields["attention_dropout"] > 0,
         "rope_by_length": follows_length(config),
     }
     return frozenset(name for name, on in wanted.items() if on)

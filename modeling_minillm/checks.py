@@ -25,6 +25,15 @@ def require(ok: torch.Tensor, message: str) -> None:
         raise ValueError(message)
 
 
+def extremes(tensor: torch.Tensor) -> tuple[float, float] | None:
+    """The least and the largest value where they may be looked at, which costs a step of decoding less than comparing
+    each; None elsewhere."""
+    if is_tracing(tensor) or tensor.device.type != "cpu":
+        return None
+    least, largest = tensor.aminmax()
+    return least.item(), largest.item()
+
+
 def require_integers(name: str, tensor: torch.Tensor, allow_bool: bool = False) -> None:
     """Raises ValueError unless `tensor` is one of integers, or of booleans where those mean something."""
     if not isinstance(tensor, torch.Tensor):
@@ -83,14 +92,24 @@ def check_attention_mask(mask: torch.Tensor | BlockMask | None) -> None:
         )
 
 
-def check_padding(mask: torch.Tensor) -> None:
-    """The values of a 2D `attention_mask`: 1 at real tokens and 0 at padding."""
-    if mask.dtype != torch.bool:
+def read_padding(mask: torch.Tensor) -> torch.Tensor | None:
+    """A 2D `attention_mask`, 1 at real tokens and 0 at padding, as booleans; None where all tokens are known to be
+    real."""
+    ends = extremes(mask)
+    if ends == (1, 1):
+        return None
+    known = ends is not None and not mask.is_floating_point() and ends[0] >= 0 and ends[1] <= 1
+    if mask.dtype != torch.bool and not known:
         require(
             (mask == 0) | (mask == 1),
             "`attention_mask` holds other values than 0 (padding) and 1 (a real token); numbers of packed documents "
             "go into `document_ids`",
         )
+    real = mask.to(torch.bool)
+    if ends is None and not is_tracing(mask) and mask.device.type != "meta" and bool(real.all()):
+        # An accelerator is asked: without a mask it runs kernels that are worth it.
+        return None
+    return real
 
 
 def check_own_mask(mask: torch.Tensor | BlockMask, batch: int, heads: int, queries: int, keys: int) -> None:
@@ -140,6 +159,9 @@ def check_positions(
     name: str, positions: torch.Tensor, real: torch.Tensor | None, table_size: int | None = None
 ) -> None:
     """Positions [B or 1, Q] of real tokens (all of them if `real` is None): from 0 on, and within a learned table."""
+    ends = extremes(positions)
+    if ends and ends[0] >= 0 and (table_size is None or ends[1] < table_size):
+        return
     padding = False if real is None else ~real
     if table_size is None:
         require((positions >= 0) | padding, f"`{name}` hold a negative position; they count from 0")

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from minillm.checks import check_padding, check_positions, check_prompts, check_window, require, require_shape
+from minillm.checks import check_positions, check_prompts, check_window, read_padding, require, require_shape
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.positions import POSITION_TABLES
 
@@ -45,6 +45,7 @@ class Layout:
         self.batch, self.query_length = inputs_embeds.shape[:2]
         self.device = inputs_embeds.device
         self.window = effective_window(config)
+        self.tables = POSITION_TABLES.get(config.position_embedding_type, ())
         self.fixed_size = getattr(cache, "is_compileable", False)
         self.query_offset: int | torch.Tensor = 0
         self.key_length, self.key_offset = self.query_length, 0
@@ -80,16 +81,11 @@ class Layout:
         exact = isinstance(self.query_offset, int) and not self.fixed_size
         lengths = (count,) if exact else (max(count, length),)
         require_shape("attention_mask", attention_mask, self.batch, lengths, "cached and new tokens")
-        attention_mask = attention_mask.to(self.device)
-        check_padding(attention_mask)
-        real = attention_mask.to(torch.bool)
         if isinstance(self.query_offset, int):
-            real = real[:, :count]
-            if not is_tracing(real) and bool(real.all()):
-                return
-        self.real = real
-        if self.window is not None:
-            check_window(real)
+            attention_mask = attention_mask[:, :count]
+        self.real = read_padding(attention_mask.to(self.device))
+        if self.real is not None and self.window is not None:
+            check_window(self.real)
 
     def at_queries(self, per_slot: torch.Tensor) -> torch.Tensor:
         """The columns of the new tokens."""
@@ -144,7 +140,7 @@ class Layout:
         position_ids = position_ids.to(self.device)
         real = self.real_new()
         check_positions("position_ids", position_ids[:, -self.query_length :], real, self.table_size(0))
-        if real is not None and self.table_size(0) is not None:
+        if real is not None and self.tables:
             # What stands at padding is read from the table all the same.
             new = torch.where(real, position_ids[:, -self.query_length :], 0)
             cached = position_ids[:, : -self.query_length].expand(new.shape[0], -1)
@@ -161,8 +157,7 @@ class Layout:
 
     def table_size(self, axis: int) -> int | None:
         """Rows of the learned table of a position axis; None without one."""
-        tables = POSITION_TABLES.get(self.config.position_embedding_type, ())
-        return self.config.position_table_size if axis < len(tables) else None
+        return self.config.position_table_size if axis < len(self.tables) else None
 
     def may_be_packed(self, attention_mask: torch.Tensor | None, block_position_ids: torch.Tensor | None) -> bool:
         """Whether restarting positions would say, and nothing else says, that a row holds several documents."""
@@ -334,6 +329,6 @@ def lay_out(
                 "only a model with `attention_type='prefix'` has a bidirectional prefix"
             )
         layout.set_prefix(prefix_mask)
-    if position_ids is None and layout.table_size(0) is not None:
+    if position_ids is None and layout.tables:
         check_positions("position_ids", layout.position_ids, None, layout.table_size(0))
     return layout

@@ -138,7 +138,7 @@ FREQUENCIES_BY_LENGTH = {"dynamic": dynamic_frequencies, "longrope": longrope_fr
 
 def follows_length(config: MiniLLMConfig) -> bool:
     """Whether a config's RoPE asks for the length of each token's document."""
-    return (config.rope_parameters or {}).get("rope_type") in FREQUENCIES_BY_LENGTH
+    return (vars(config)["rope_parameters"] or {}).get("rope_type") in FREQUENCIES_BY_LENGTH
 
 
 def swap_halves(x: torch.Tensor) -> torch.Tensor:
