@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -287,6 +288,15 @@ def name_tokens(config: MiniLLMConfig, objective: str, tokenizer: Any, is_adapte
         )
 
 
+def say_of_turns(samples: list[dict[str, list[int]]]) -> None:
+    """Says that `generate()` will not tell the answers of a conversation, where no token does."""
+    if any(sum(pair == (0, 1) for pair in pairwise(sample.get("assistant_masks", []))) > 1 for sample in samples):
+        say(
+            "the chat template of this tokenizer starts answers with no token of their own: `generate()` will read a "
+            "conversation, earlier answers too, as one prompt, unlike this training; pass it a `prefix_mask`"
+        )
+
+
 def run(options: TrainOptions) -> None:
     """Trains, reports the held-out perplexity, and writes the model (with LoRA: the adapter) to `out`."""
     require_free(options.out)
@@ -299,6 +309,8 @@ def run(options: TrainOptions) -> None:
     collator = build_collator(objective, tokenizer, options, model.config)
     name_tokens(model.config, objective, tokenizer, options.lora)
     train_samples, held_out = read_samples(options, objective, tokenizer)
+    if getattr(collator, "prompt_is_prefix", False) and model.config.answer_start_token_id is None:
+        say_of_turns(train_samples)
     rows = pack_dataset(train_samples, collator)
     held_out_rows = pack_dataset(held_out, collator, fixed_prefixes=True)
     say(f"{len(rows)} rows to train on, {len(held_out_rows)} held out, objective {objective}")

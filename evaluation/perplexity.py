@@ -93,10 +93,12 @@ def token_nll(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.T
     """Negative log likelihood (float32, nats) of each scored token of a batch, flat, in the order of the tokens."""
     if "labels" not in batch:
         raise ValueError(f"the collator made no `labels`, only {sorted(batch)}")
-    if getattr(model.config, "attention_type", None) == "prefix" and "prefix_mask" not in batch:
+    wants_prefix = getattr(model.config, "attention_type", None) == "prefix" and model.config.prompt_is_prefix
+    if wants_prefix and "prefix_mask" not in batch:
         raise ValueError(
             'the model has attention_type="prefix" but the collator marks no prefix: use DataCollatorForPrefixLM, or '
-            "DataCollatorForSFT with prompt_is_prefix=True"
+            "DataCollatorForSFT with prompt_is_prefix=True; or, if the model was trained as a causal one, set "
+            "`prompt_is_prefix=False` in its config"
         )
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     targets = batch["labels"][:, 1:].to(model.device)

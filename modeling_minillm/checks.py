@@ -34,10 +34,14 @@ def extremes(tensor: torch.Tensor) -> tuple[float, float] | None:
     return least.item(), largest.item()
 
 
+def require_tensor(name: str, value: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` is a {type(value).__name__}; expected a tensor")
+
+
 def require_integers(name: str, tensor: torch.Tensor, allow_bool: bool = False) -> None:
     """Raises ValueError unless `tensor` is one of integers, or of booleans where those mean something."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"`{name}` is a {type(tensor).__name__}; expected a tensor")
+    require_tensor(name, tensor)
     if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not allow_bool):
         expected = "bool or an integer type" if allow_bool else "an integer type"
         raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected {expected}")
@@ -58,12 +62,13 @@ def check_tokens(
         raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
     if input_ids is not None:
         name, tokens, expected = "input_ids", input_ids, "[batch, tokens]"
-        if not isinstance(tokens, torch.Tensor) or tokens.dtype not in (torch.int32, torch.int64):
-            kind = f"has dtype {tokens.dtype}" if isinstance(tokens, torch.Tensor) else f"is a {type(tokens).__name__}"
-            raise ValueError(f"`{name}` {kind}; expected a tensor of int64 or int32")
+        require_tensor(name, tokens)
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"`{name}` has dtype {tokens.dtype}; expected int64 or int32")
         right = tokens.ndim == 2
     else:
         name, tokens, expected = "inputs_embeds", inputs_embeds, f"[batch, tokens, {config.hidden_size}]"
+        require_tensor(name, tokens)
         if not tokens.is_floating_point():
             raise ValueError(f"`{name}` has dtype {tokens.dtype}; expected a floating-point type")
         right = tokens.ndim == 3 and tokens.shape[-1] == config.hidden_size
@@ -84,6 +89,10 @@ def check_attention_mask(mask: torch.Tensor | BlockMask | None) -> None:
         raise ValueError(
             f"`attention_mask` has shape {list(mask.shape)}; expected 2D [batch, cached and new tokens] or 4D "
             "[batch, 1 or heads, new tokens, keys]"
+        )
+    if mask.is_complex():
+        raise ValueError(
+            f"`attention_mask` has dtype {mask.dtype}; expected bool, an integer or a floating-point type"
         )
     if mask.ndim == 4 and not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from minillm.cache import CACHE_NAME
 from minillm.capabilities import check, refusal
-from minillm.checks import require, require_integers
+from minillm.checks import check_prompts, require, require_integers
 from minillm.infilling import continue_positions, glm_inputs
 from minillm.positions import POSITION_BIASES
 from minillm.prompts import find_prompts, number_prompts
@@ -68,7 +68,7 @@ class MiniLLMGenerationMixin:
         if mask is not None:
             padding = model_kwargs.get("attention_mask")
             padding = padding if padding is not None and padding.shape == mask.shape else None
-            model_kwargs["prefix_mask"] = number_prompts(mask, padding)
+            model_kwargs["prefix_mask"] = self._numbered(mask, padding)
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -79,10 +79,24 @@ class MiniLLMGenerationMixin:
         config = self.config
         if config.answer_start_token_id is None or prompt.is_floating_point():
             return torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        ends = [token for token in ends if token is not None]
+        # The fields may have been assigned one after the other.
+        config.validate_architecture()
+        ends = {
+            token
+            for found in (config.eos_token_id, self.generation_config.eos_token_id)
+            for token in (found if isinstance(found, list) else [found])
+            if token is not None
+        }
         padding = attention_mask if attention_mask is not None and attention_mask.shape == prompt.shape else None
         return find_prompts(prompt, config.answer_start_token_id, config.turn_token_ids, ends, padding)
+
+    @staticmethod
+    def _numbered(mask: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        """A prefix mask [batch, length] with a number for each prompt: those it has, or one for each run of ones."""
+        if mask.dtype == torch.bool or int(mask.max()) <= 1:
+            return number_prompts(mask, padding)
+        check_prompts(mask, None if padding is None else padding != 0, None)
+        return mask.long()
 
     def _check_per_token(self, prompt: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """Checks the per-token inputs of a whole prompt [batch, length, ...]."""

@@ -76,7 +76,7 @@ class Layout:
         return self.query_length + (self.query_offset if isinstance(self.query_offset, int) else 0)
 
     def set_padding(self, attention_mask: torch.Tensor) -> None:
-        """Reads a 2D mask [B, cached + new], nonzero at real tokens; a fixed-size cache may bring a longer one."""
+        """Reads a 2D mask [B, cached + new], 1 at real tokens; a fixed-size cache may bring a longer one."""
         count, length = self.slot_count, attention_mask.shape[-1]
         exact = isinstance(self.query_offset, int) and not self.fixed_size
         lengths = (count,) if exact else (max(count, length),)

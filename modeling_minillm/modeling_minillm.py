@@ -180,13 +180,15 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
 
         Args:
             input_ids: [batch, Q] token ids, or `inputs_embeds` [batch, Q, hidden] in their place.
-            attention_mask: [batch, cached + Q], nonzero at real tokens; or one's own 4D mask, boolean or additive.
+            attention_mask: [batch, cached + Q], 1 at real tokens and 0 at padding; or one's own 4D mask [batch or 1,
+                heads or 1, Q, keys], boolean (True: visible) or additive.
             position_ids: [batch, Q] or [batch, cached + Q] on the first position axis. Left out, a token's position is
                 the number of real tokens before it in its document.
             cache: a key/value cache, which is filled and returned; `past_key_values` is its older name.
             use_cache: make a `DynamicCache` if none was given.
-            prefix_mask: [batch, Q], 1 inside a document's bidirectional prefix, then 0 (`attention_type="prefix"`).
-                Without it the forward is plain causal.
+            prefix_mask: [batch, Q], k on the k-th prompt of a document, each of which sees itself in both directions,
+                and 0 elsewhere (`attention_type="prefix"`); `minillm.number_prompts` numbers them. Without it the
+                forward is plain causal.
             document_ids: [batch, Q] integers, non-decreasing over real tokens: packed documents never see one another.
                 Without it, and without `attention_mask` and `block_position_ids`, a document begins wherever
                 `position_ids` restart at 0.
@@ -195,7 +197,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 [batch * Q, experts] per layer); the rest is for the attention's back end.
 
         Raises:
-            ValueError: for inputs that contradict the config or one another; see `minillm.layout`.
+            ValueError: for inputs of a wrong dtype, shape or range (see `minillm.checks`), and for inputs that
+                contradict the config or one another. In a traced graph, and on CUDA, a value is a RuntimeError.
         """
         cache = one_cache(cache, past_key_values)
         paged = any(key in kwargs for key in PAGED_KEYS)

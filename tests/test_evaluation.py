@@ -198,3 +198,13 @@ def test_bad_ids_are_refused(kind):
     collator = DataCollatorForCausalLM(max_length=32, pad_token_id=0)
     with pytest.raises(ValueError, match="token ids run from 9 to 9; the vocabulary has 0 to 8"):
         ngram_perplexity(kind([[1, 2]], vocab_size=9), [[1, 9]], collator)
+
+
+def test_a_prefix_model_that_was_trained_as_a_causal_one_is_scored_as_one():
+    model, twin = tiny_model(attention_type="prefix", prompt_is_prefix=False), tiny_model()
+    twin.load_state_dict(model.state_dict())
+    samples = [{"input_ids": list(range(1, 12))}, {"input_ids": list(range(3, 9))}]
+    collator = DataCollatorForCausalLM(max_length=16, pad_token_id=0)
+    assert perplexity(model, samples, collator).perplexity == pytest.approx(
+        perplexity(twin, samples, collator).perplexity, rel=1e-6
+    )

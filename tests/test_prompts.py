@@ -1,7 +1,9 @@
 """Conversations with a prefix model: each prompt is a bidirectional block of its own, answers are causal, by one rule
 for the collator, forward, generate(), the chat template and the command line."""
 
+import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +195,112 @@ def test_collator_template_and_generate_read_a_conversation_alike(tokenizer):
     packed = collator(samples)
     numbers = number_prompts(packed["prefix_mask"], packed["attention_mask"], packed["document_ids"])
     assert torch.equal(packed["prefix_mask"], numbers) and int(numbers.max()) == 2
+
+
+SCORED = [10, END]
+EARLIER = [USER, 11, ANSWER, 12, 13, END, USER, 14, ANSWER]
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"prompt_ids": EARLIER, "completion_ids": SCORED},
+        {"input_ids": EARLIER + SCORED, "prompt_length": len(EARLIER)},
+        {"input_ids": EARLIER + SCORED, "labels": [-100] * len(EARLIER) + SCORED},
+        {"input_ids": EARLIER + SCORED, "completion_mask": [0] * len(EARLIER) + [1, 1]},
+    ],
+    ids=lambda sample: list(sample)[-1],
+)
+def test_earlier_answers_that_are_not_scored_are_no_prompts(sample):
+    """As `generate()` reads them, in whichever form the sample tells its answer, and packed as well."""
+    turns = {name: CHAT[name] for name in ("answer_start_token_id", "turn_token_ids")}
+    named = SimpleNamespace(pad_token_id=0, eos_token_id=END, **turns)
+    expected = find_prompts(torch.tensor([EARLIER + SCORED]), *turns.values(), [END])
+    assert int(expected.max()) == 2
+    collator = DataCollatorForSFT(named, max_length=32, prompt_is_prefix=True)
+    batch = collator([sample])
+    assert torch.equal(batch["prefix_mask"], expected)
+    assert batch["labels"][0, -2:].tolist() == SCORED and (batch["labels"][0, :-2] == -100).all()
+    for fixed in (False, True):
+        assert torch.equal(collator(pack_dataset([sample], collator, fixed_prefixes=fixed))["prefix_mask"], expected)
+
+
+def test_answers_without_a_chats_tokens_are_no_prompts():
+    named = SimpleNamespace(pad_token_id=0, eos_token_id=END, answer_start_token_id=ANSWER, turn_token_ids=[ANSWER])
+    collator = DataCollatorForSFT(named, max_length=32, prompt_is_prefix=True)
+    batch = collator([{"prompt_ids": [8, 9, 10], "completion_ids": [11, 12]}])
+    assert batch["prefix_mask"].tolist() == [[1, 1, 1, 0, 0]]
+    with pytest.raises(ValueError, match="give both"):
+        DataCollatorForSFT(pad_token_id=0, max_length=32, answer_start_token_id=ANSWER)
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BRACKETS = (
+    "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_tokens_of_turns_are_those_of_the_template(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", "[user]", "[assistant]"]})
+    for template in (CHATML, None):
+        other.chat_template = template
+        assert other.answer_start_token_id is None and other.turn_token_ids is None
+    other.chat_template = BRACKETS
+    assert other.answer_start_token_id == other.convert_tokens_to_ids("[assistant]")
+    # No token of its own starts a turn of the system there.
+    assert other.turn_token_ids == other.convert_tokens_to_ids(["[user]", "[assistant]"])
+
+
+def test_the_command_line_says_where_a_template_has_no_tokens_for_turns(tokenizer, tmp_path):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    other.chat_template = CHATML
+    other.save_pretrained(tmp_path / "base")
+    config = tiny_config(attention_type="prefix", vocab_size=len(other), max_position_embeddings=64)
+    MiniLLMForCausalLM(config).save_pretrained(tmp_path / "base")
+    one = '{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Six."}'
+    for turns, said in ((one, False), (f"{one}, {one}", True)):
+        (tmp_path / "data.jsonl").write_text(f'{{"messages": [{turns}]}}\n' * 4)
+        arguments = ["train", "--model", tmp_path / "base", "--data", tmp_path / "data.jsonl", "--objective", "sft"]
+        told = succeed(*arguments, "--out", tmp_path / f"out-{said}", *SHORT[:4], "--max-length", "64")
+        assert ("starts answers with no token of their own" in " ".join(told.split())) == said
+        assert MiniLLMConfig.from_pretrained(tmp_path / f"out-{said}").answer_start_token_id is None
+
+
+@torch.no_grad()
+def test_generate_takes_numbers_as_forward_does():
+    """Neighbouring prompts stay two; ones and zeros are numbered; a number that comes back is refused."""
+    model = loud_model(tiny_config(attention_type="prefix"))
+    ids = tokens(batch=1, length=8)
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+    for given, meant in (("11220333", "11220333"), ("12340555", "12340555"), ("11001001", "11002003")):
+        told = model.generate(ids, prefix_mask=rows(given), **options).logits[0]
+        assert_close(told, model(ids, prefix_mask=rows(meant)).logits[:, -1].double(), given)
+    for wrong in ("12100000", "22100000"):
+        with pytest.raises(ValueError, match="comes back"):
+            model.generate(ids, prefix_mask=rows(wrong), **options)
+
+
+def test_an_answer_ends_with_each_token_that_ends_generation():
+    model = loud_model(tiny_config(attention_type="prefix", **CHAT))
+    model.generation_config.eos_token_id = [END, 9]
+    both = loud_model(tiny_config(attention_type="prefix", **{**CHAT, "eos_token_id": [END, 9]}))
+    ids = torch.tensor([[USER, 11, ANSWER, 12, 9, 13, 14, USER, 15, ANSWER]])
+    assert torch.equal(continued(model, ids), continued(both, ids))
+
+
+def test_half_of_the_tokens_of_a_chat_is_refused():
+    model = loud_model(tiny_config(attention_type="prefix"))
+    model.config.answer_start_token_id = ANSWER
+    with pytest.raises(ValueError, match="turn_token_ids=None"):
+        continued(model, tokens())
 
 
 def test_a_trained_conversation_is_what_generate_reads(tokenizer):

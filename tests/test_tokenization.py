@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minillm.tokenization import added_tokens, glm_layout, literal_text, tokenization_minillm, training_text
+from minillm.tokenization import (
+    added_tokens,
+    glm_layout,
+    literal_text,
+    tokenization_minillm,
+    training_text,
+    turn_tokens,
+)
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
 MODELS = ["byte_bpe", "sentencepiece_bpe", "unigram", "wordpiece"]
@@ -281,13 +288,12 @@ def test_the_flat_files_serve_a_stranger(tokenizers, tmp_path):
 def test_the_flat_files_stand_alone():
     """Only the standard library, tokenizers and transformers are imported, and files of the same room."""
     roots = set()
-    for module in (tokenization_minillm, added_tokens, glm_layout, literal_text, training_text):
+    beside = (added_tokens, glm_layout, literal_text, training_text, turn_tokens)
+    for module in (tokenization_minillm, *beside):
         lines = Path(module.__file__).read_text("utf-8").splitlines()
         names = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
         roots |= {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
-    travelling = {
-        f"minillm.tokenization.{name}" for name in ("added_tokens", "glm_layout", "literal_text", "training_text")
-    }
+    travelling = {module.__name__ for module in beside}
     assert roots == {"tokenizers", "transformers", "transformers.utils", *travelling}
 
 

@@ -9,6 +9,7 @@ only, since it travels with a checkpoint.
 
 import copy
 import dataclasses
+import inspect
 import io
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import get_json_schema
 
 # From the last code points of Unicode, which no text needs, down to the end of the surrogates.
 STAND_INS = range(0x10FFFF, 0xDFFF, -1)
@@ -72,7 +74,9 @@ def read_literally(tokenizer: PreTrainedTokenizerFast, text: str, keep: Collecti
         )
     backend = tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder().values()
-    special = [token for token in added if token.special and token.content not in keep]
+    named = set(tokenizer.all_special_tokens)
+    special = [token for token in added if token.special or token.content in named]
+    special = [token for token in special if token.content not in keep]
     if not holds_any(special, text, backend):
         return LiteralReading(tokenizer, (), {})
     hidden = tuple(token.content for token in special if token.content in text)
@@ -107,15 +111,17 @@ def copy_with_stand_ins(tokenizer: PreTrainedTokenizerFast, stand_ins: Mapping[s
         if (part := getattr(backend, name)) is not None:
             setattr(literal, name, part)
     # In the order of their ids, so that each gets its own again.
-    literal.add_tokens([as_written(token) for _, token in sorted(backend.get_added_tokens_decoder().items())])
+    named = set(tokenizer.all_special_tokens)
+    added = sorted(backend.get_added_tokens_decoder().items())
+    literal.add_tokens([as_written(token, token.special or token.content in named) for _, token in added])
     copied = copy.copy(tokenizer)
     copied._tokenizer = literal
     return copied
 
 
-def as_written(token: AddedToken) -> AddedToken:
-    options = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "special")}
-    return AddedToken(token.content, normalized=token.normalized and not token.special, **options)
+def as_written(token: AddedToken, special: bool) -> AddedToken:
+    options = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip")}
+    return AddedToken(token.content, normalized=token.normalized and not special, special=special, **options)
 
 
 def map_strings(value: Any, change: Callable[[Any, str], str], key: Any = None) -> Any:
@@ -163,6 +169,9 @@ def apply_template_literally(
     stock = PreTrainedTokenizerFast.apply_chat_template
     # What the template writes is read, whatever the tokenizer does with other text.
     encoding = {"split_special_tokens": False} | dict(tokenizer_kwargs or {})
+    if tools is not None:
+        # As transformers does, but before their texts are looked at.
+        tools = [get_json_schema(tool) if inspect.isroutine(tool) else tool for tool in tools]
     inputs = (conversation, tools, documents)
     if special_tokens_in_content or not tokenize:
         return stock(tokenizer, *inputs, tokenize=tokenize, tokenizer_kwargs=encoding, **options)

@@ -19,6 +19,7 @@ from minillm.tokenization.added_tokens import AddedTokensMixin, require_decodabl
 from minillm.tokenization.glm_layout import GLMInputsMixin
 from minillm.tokenization.literal_text import apply_template_literally
 from minillm.tokenization.training_text import CHUNK_BYTES, Corpus, check_text_files, read_text_files
+from minillm.tokenization.turn_tokens import TurnTokensMixin
 
 logger = logging.get_logger(__name__)
 
@@ -34,8 +35,7 @@ NAMED_TOKENS = {
     "eop_token": "<|endofpiece|>",
 }
 UNK_TOKEN = "<|unk|>"
-ANSWER_ROLE_TOKEN = "<|assistant|>"
-ROLE_TOKENS = ("<|system|>", "<|user|>", ANSWER_ROLE_TOKEN)
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 
 # No text stands between a role's token and the content: special tokens are cut out before the subword model runs, so
 # no token straddles the border of a turn, earlier turns keep their tokens, and the assistant mask is exact.
@@ -263,7 +263,7 @@ def train_backend(
     return backend
 
 
-class MiniLLMTokenizer(AddedTokensMixin, GLMInputsMixin, PreTrainedTokenizerFast):
+class MiniLLMTokenizer(AddedTokensMixin, TurnTokensMixin, GLMInputsMixin, PreTrainedTokenizerFast):
     """Tokenizer of MiniLLM models.
 
     Subword models: byte-level BPE (Radford et al. 2019, section 2.2), BPE with U+2581 for blanks and byte fallback as
@@ -296,17 +296,6 @@ class MiniLLMTokenizer(AddedTokensMixin, GLMInputsMixin, PreTrainedTokenizerFast
     ]
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
-
-    @property
-    def answer_start_token_id(self) -> int | None:
-        """Id of the role token after which an answer begins, `<|assistant|>`; None if the vocabulary lacks it."""
-        return self.backend_tokenizer.token_to_id(ANSWER_ROLE_TOKEN)
-
-    @property
-    def turn_token_ids(self) -> list[int] | None:
-        """Ids of the role tokens, each of which starts a turn; None if the vocabulary lacks `<|assistant|>`."""
-        ids = [self.backend_tokenizer.token_to_id(token) for token in ROLE_TOKENS]
-        return None if self.answer_start_token_id is None else [token for token in ids if token is not None]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs) -> "MiniLLMTokenizer":

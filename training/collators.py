@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from minillm.prompts import find_prompts
 from minillm.training.documents import (
     IGNORE_INDEX,
     Document,
@@ -304,18 +305,36 @@ class DataCollatorForSFT(DataCollatorForCausalLM):
     Args:
         prompt_is_prefix: for models with `attention_type="prefix"`: each run of tokens outside of the answers is a
             prompt, which sees itself in both directions; `prefix_mask` is k on the k-th one.
+        answer_start_token_id, turn_token_ids: the tokens of a chat, by which answers that are not scored, such as
+            earlier ones in a prompt, are told from prompts, as `generate()` tells them; None takes the tokenizer's.
     """
 
     overlong: Overlong = "truncate"
     prompt_is_prefix: bool = False
+    answer_start_token_id: int | None = None
+    turn_token_ids: Sequence[int] | None = None
 
     allowed_overlong = ("truncate", "error")
 
     def _ids_and_scored(self, sample: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         return read_answer(sample)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("answer_start_token_id", "turn_token_ids"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.tokenizer, name, None))
+        if (self.answer_start_token_id is None) != (self.turn_token_ids is None):
+            raise ValueError("give both of `answer_start_token_id` and `turn_token_ids`, or neither")
+
     def _prompts(self, piece: Piece, epoch: int) -> np.ndarray:
-        return number_runs(piece.labels == IGNORE_INDEX)
+        outside = piece.labels == IGNORE_INDEX
+        if self.answer_start_token_id is None:
+            return number_runs(outside)
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        ids = torch.from_numpy(piece.input_ids)[None]
+        found = find_prompts(ids, self.answer_start_token_id, self.turn_token_ids, [] if end is None else [end])
+        return number_runs(outside & (found[0].numpy() > 0))
 
     def _kept_start(self, scored: np.ndarray) -> int:
         prompt = int(scored.argmax())
