@@ -420,6 +420,10 @@ class MiniLLMConfig(PreTrainedConfig):
                 "set `alibi_rounding='none'`",
             ),
             (
+                (fields.sliding_window or 0) >= 2**63,
+                f"`sliding_window={fields.sliding_window}` is no 64-bit number: leave it out for no window",
+            ),
+            (
                 fields.sliding_window == 1,
                 "`sliding_window=1`: a token would see itself alone; set it to 2 or more, or leave it out",
             ),

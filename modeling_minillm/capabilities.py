@@ -49,7 +49,7 @@ REFUSALS = (
     ),
     *(
         Refusal(feature, "engine", "*", "*", ENGINE_REASON)
-        for feature in ("prefix", "bidirectional", "bias", "window")
+        for feature in ("prefix", "bidirectional", "bias", "window", "documents")
     ),
     Refusal("rope_by_length", "engine", "*", "*", ENGINE_LENGTH_REASON),
     Refusal("any", "flash", "cpu", "*", FLASH_CPU_REASON),

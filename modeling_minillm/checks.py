@@ -104,6 +104,9 @@ def check_attention_mask(mask: torch.Tensor | BlockMask | None) -> None:
 def read_padding(mask: torch.Tensor) -> torch.Tensor | None:
     """A 2D `attention_mask`, 1 at real tokens and 0 at padding, as booleans; None where all tokens are known to be
     real."""
+    if not (mask.is_floating_point() or mask.dtype == torch.bool):
+        # torch compares few unsigned types.
+        mask = mask.long()
     ends = extremes(mask)
     if ends == (1, 1):
         return None
@@ -189,21 +192,70 @@ def read_labels(
     require_integers(name, labels)
     if labels.shape != shape:
         raise ValueError(f"`{name}` has shape {list(labels.shape)}; expected {list(shape)}")
+    labels = labels.long()
     require(
         ((labels >= 0) & (labels < classes)) | (labels == ignore_index),
         f"`{name}` hold values other than {ignore_index} (not scored) and 0 to {classes - 1}",
     )
-    return labels.long()
+    return labels
 
 
-def check_answer_spans(start_positions: torch.Tensor | None, end_positions: torch.Tensor | None) -> None:
-    """Token indices [B] or [B, 1] of where answers start and end; one beyond the text says that there is none."""
+def read_text_labels(labels: torch.Tensor, batch: int, classes: int, problem_type: str | None) -> torch.Tensor:
+    """Labels of sequence classification: a class [B], values [B] or [B, classes] for regression, or 0 and 1 in a
+    floating-point type [B, classes] for several labels a text; without a `problem_type`, as transformers tells it."""
+    require_tensor("labels", labels)
+    if problem_type is None:
+        is_class = classes > 1 and not labels.is_floating_point()
+        kinds = "regression", "single_label_classification", "multi_label_classification"
+        problem_type = kinds[0] if classes == 1 else kinds[1] if is_class else kinds[2]
+    if problem_type == "single_label_classification":
+        return read_labels("labels", labels.flatten(), torch.Size([batch]), classes)
+    shapes = [(batch, classes), *([(batch,)] if classes == 1 else [])]
+    if tuple(labels.shape) not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in reversed(shapes))
+        raise ValueError(f"`labels` has shape {list(labels.shape)}; expected {expected} for {problem_type}")
+    return labels if labels.is_floating_point() else labels.float()
+
+
+def read_answer_spans(
+    start_positions: torch.Tensor | None, end_positions: torch.Tensor | None, batch: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Token indices [B] or [B, 1] of where answers start and end, as int64 [B]; one beyond the text says that there is
+    none."""
     if (start_positions is None) != (end_positions is None):
         raise ValueError("give both of `start_positions` and `end_positions`, or neither")
+    if start_positions is None:
+        return None, None
+    spans = []
     for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
-        if positions is not None:
-            require_integers(name, positions)
-            require(positions >= 0, f"`{name}` hold a negative index; no answer is an index beyond the last token")
+        require_integers(name, positions)
+        if tuple(positions.shape) not in ((batch,), (batch, 1)):
+            raise ValueError(f"`{name}` has shape {list(positions.shape)}; expected [{batch}]")
+        require(positions.long() >= 0, f"`{name}` hold a negative index; no answer is one beyond the last token")
+        spans.append(positions.long().flatten())
+    return spans[0], spans[1]
+
+
+def check_logits_to_keep(wanted: int | torch.Tensor, batch: int, tokens: int) -> None:
+    """How many of the last positions to keep, which of them [n] or [B, n], or a boolean mask [B, Q] or [Q]."""
+    if not isinstance(wanted, torch.Tensor):
+        if isinstance(wanted, bool) or not isinstance(wanted, int):
+            raise ValueError(f"`logits_to_keep` is a {type(wanted).__name__}; expected an int or a tensor")
+        if wanted < 0:
+            raise ValueError(f"`logits_to_keep={wanted}` is negative; it counts the last positions, 0 for all")
+        return
+    require_integers("logits_to_keep", wanted, allow_bool=True)
+    shape = tuple(wanted.shape)
+    if wanted.dtype == torch.bool and shape not in ((batch, tokens), (tokens,)):
+        raise ValueError(
+            f"`logits_to_keep` is a mask of shape {list(shape)}; expected {[batch, tokens]} or {[tokens]}"
+        )
+    if wanted.dtype != torch.bool:
+        if not (len(shape) == 1 or (len(shape) == 2 and shape[0] == batch)):
+            raise ValueError(f"`logits_to_keep` has shape {list(shape)}; expected [n] or [{batch}, n] positions")
+        lowest = -tokens if len(shape) == 1 else 0
+        inside = (wanted.long() >= lowest) & (wanted.long() < tokens)
+        require(inside, f"`logits_to_keep` holds positions outside of {lowest} to {tokens - 1}")
 
 
 def check_cache(cache: Cache | None) -> None:

@@ -137,7 +137,7 @@ class Layout:
         if isinstance(self.query_offset, torch.Tensor):
             lengths = (self.query_length, max(self.query_length, position_ids.shape[-1]))
         require_shape("position_ids", position_ids, self.batch, lengths, "new tokens, or cached and new tokens")
-        position_ids = position_ids.to(self.device)
+        position_ids = position_ids.to(self.device, torch.int64)
         real = self.real_new()
         check_positions("position_ids", position_ids[:, -self.query_length :], real, self.table_size(0))
         if real is not None and self.tables:
@@ -151,7 +151,7 @@ class Layout:
         """Takes positions of the new tokens on the second axis, [B or 1, Q]."""
         lengths = (self.query_length,)
         require_shape("block_position_ids", block_position_ids, self.batch, lengths, "the tokens that go in")
-        block_position_ids, real = block_position_ids.to(self.device), self.real_new()
+        block_position_ids, real = block_position_ids.to(self.device, torch.int64), self.real_new()
         check_positions("block_position_ids", block_position_ids, real, self.table_size(1))
         self.block_position_ids = block_position_ids if real is None else torch.where(real, block_position_ids, 0)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask, create_causal_mask
 from transformers.utils.import_utils import is_tracing
 
 from minillm.blocked_attention import Block, BlockedMask, Scores, autocast_dtype
@@ -214,6 +214,7 @@ def mask_and_bias(
     if custom is not None:
         return own_mask(layout, custom, bias, kind, added)
     if kind in ("flash", "engine", "other"):
+        check_needs_no_mask(layout)
         create = create_bidirectional_mask if config.attention_type == "bidirectional" else create_causal_mask
         return create(config, inputs_embeds, attention_mask, **{CACHE_NAME: cache}), None
     if kind == "flex":
@@ -229,6 +230,21 @@ def mask_and_bias(
     # A single token that sees every key needs no more than its bias.
     mask = None if layout.query_length == 1 and layout.is_plain() else dense_mask(layout)
     return combine(mask, bias, added), None
+
+
+def check_needs_no_mask(layout: Layout) -> None:
+    """Refuses what only a mask can tell to a back end that has none registered: transformers would leave it out."""
+    implementation = layout.config._attn_implementation
+    if implementation in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        return
+    advice = (
+        f"attn_implementation={implementation!r} has no mask function: register one with AttentionMaskInterface, or "
+        "use 'sdpa' or 'eager'"
+    )
+    if layout.fixed_size or (layout.query_length > 1 and not layout.is_fresh):
+        raise ValueError(f"a cache of fixed size, or several tokens behind cached ones, need a mask, and {advice}")
+    if layout.real is not None:
+        require(layout.real, f"`attention_mask` has padding, and {advice}")
 
 
 def own_mask(

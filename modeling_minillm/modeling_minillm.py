@@ -36,7 +36,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from minillm.attention import MiniLLMAttention
 from minillm.cache import CACHE_NAME, one_cache, with_room
 from minillm.capabilities import check, kind_of
-from minillm.checks import check_answer_spans, check_attention_mask, check_cache, check_tokens, read_labels
+from minillm.checks import (
+    check_attention_mask,
+    check_cache,
+    check_logits_to_keep,
+    check_tokens,
+    read_answer_spans,
+    read_labels,
+    read_text_labels,
+)
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.decoding import MiniLLMDecodingMixin
 from minillm.feed_forward import MLPS, MiniLLMRouter
@@ -83,15 +91,14 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The hidden states [batch, length, hidden] that `logits_to_keep` names, as transformers understands it."""
+    check_logits_to_keep(logits_to_keep, *hidden_states.shape[:2])
     if isinstance(logits_to_keep, int):
-        if logits_to_keep < 0:
-            raise ValueError(f"`logits_to_keep={logits_to_keep}` is negative; it counts the last positions, 0 for all")
         return hidden_states[:, slice(-logits_to_keep, None), :]
     if logits_to_keep.dtype == torch.bool and logits_to_keep.ndim == 2:
         return hidden_states[logits_to_keep]
     if logits_to_keep.ndim == 2:
-        return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
-    return hidden_states[:, logits_to_keep, :]
+        return hidden_states.gather(1, logits_to_keep[..., None].long().expand(-1, -1, hidden_states.shape[-1]))
+    return hidden_states[:, logits_to_keep if logits_to_keep.dtype == torch.bool else logits_to_keep.long(), :]
 
 
 class MiniLLMPreTrainedModel(PreTrainedModel):
@@ -467,9 +474,7 @@ class MiniLLMForSequenceClassification(MiniLLMPreTrainedModel):
         logits = self.score(hidden_states[rows, last])
         loss = None
         if labels is not None:
-            is_class = self.num_labels > 1 and not labels.is_floating_point()
-            if is_class and self.config.problem_type in (None, "single_label_classification"):
-                labels = read_labels("labels", labels.flatten(), logits.shape[:1], self.num_labels)
+            labels = read_text_labels(labels, logits.shape[0], self.num_labels, self.config.problem_type)
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -537,6 +542,7 @@ class MiniLLMForTokenClassification(GenericForTokenClassification, MiniLLMPreTra
         """As `MiniLLMModel.forward`; `labels` [batch, Q] are classes, -100 where there is none."""
         refuse_router_logits(self.config, kwargs)
         if labels is not None:
+            check_tokens(self.config, input_ids, inputs_embeds, {})
             tokens = inputs_embeds if input_ids is None else input_ids
             labels = read_labels("labels", labels, tokens.shape[:2], self.num_labels)
         cache = one_cache(cache, past_key_values)
@@ -572,7 +578,9 @@ class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrained
         """As `MiniLLMModel.forward`; `start_positions` and `end_positions` [batch] are token indices, beyond the last
         token where there is no answer."""
         refuse_router_logits(self.config, kwargs)
-        check_answer_spans(start_positions, end_positions)
+        check_tokens(self.config, input_ids, inputs_embeds, {})
+        batch = (inputs_embeds if input_ids is None else input_ids).shape[0]
+        start_positions, end_positions = read_answer_spans(start_positions, end_positions, batch)
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
         cache = one_cache(cache, past_key_values)
         inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds)

@@ -76,8 +76,8 @@ def can_serve(variant, back_end, device, direction):
         return device == "cuda" and not needs_a_mask
     plain = variant.attention_type == "causal" and not (has_bias or variant.window)
     if back_end in PAGED:
-        # They keep requests apart by themselves, but do not say where each ends.
-        return plain and variant.positions != "rope_dynamic"
+        # They keep requests apart by themselves, but do not say where each ends, and read no `document_ids`.
+        return plain and not variant.documents and variant.positions != "rope_dynamic"
     return plain and not variant.documents
 
 

@@ -204,3 +204,106 @@ def test_a_loss_of_ones_own_takes_labels_of_its_own():
     model = model_of("causal_rope", MiniLLMForCausalLM)
     model.loss_function = lambda logits, labels, **kwargs: (logits.sum(-1) * labels).mean()
     assert torch.isfinite(model(tokens(), labels=torch.rand(2, LENGTH)).loss)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32], ids=str
+)
+@pytest.mark.parametrize("variant", ["causal_rope", "gpt2", "prefix_glm_2d", "causal_alibi", "sandwich_sinusoidal"])
+def test_no_integer_type_wraps(variant, dtype):
+    """A table of more rows, and a vocabulary of more ids, than 8 bits count to; -100 is no label of 156."""
+    model = model_of(variant, vocab_size=300, max_position_embeddings=300)
+    inputs = {**inputs_of(model.config), "position_ids": INDEX, "attention_mask": ONES, "labels": tokens()}
+    with torch.no_grad():
+        expected = model(**inputs)
+        inputs |= {name: inputs[name].to(dtype) for name in inputs if name not in ("input_ids", "prefix_mask")}
+        got = model(**inputs)
+    assert torch.equal(got.logits, expected.logits) and torch.equal(got.loss, expected.loss)
+    small = model_of(variant, vocab_size=100)
+    assert "`labels`" in refusal_of(small, labels=torch.full((2, LENGTH), 156, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        torch.tensor([[1, 2]]),
+        torch.tensor([[1], [2], [3]]),
+        torch.ones(2, 2, 2, dtype=torch.long),
+        torch.tensor(True),
+        torch.tensor([True, False]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([LENGTH]),
+        torch.tensor([-LENGTH - 1]),
+        torch.tensor([[0], [-1]]),
+        1.5,
+        [1, 2],
+        True,
+    ],
+    ids=str,
+)
+def test_a_wrong_choice_of_logits_is_named(wanted):
+    assert "`logits_to_keep" in refusal_of(model_of("causal_rope"), logits_to_keep=wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64], ids=str)
+def test_choices_of_logits(dtype):
+    model = model_of("causal_rope")
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        for wanted in ([1, 7], [[1, 2], [3, 4]]):
+            got = model(tokens(), logits_to_keep=torch.tensor(wanted).to(dtype)).logits
+            index = torch.tensor(wanted).expand(2, -1)
+            assert torch.equal(got, torch.stack([row[own] for row, own in zip(expected, index, strict=True)]))
+        mask = INDEX > 6
+        assert torch.equal(model(tokens(), logits_to_keep=mask).logits, expected[mask])
+        assert torch.equal(model(tokens(), logits_to_keep=mask[0]).logits, expected[:, mask[0]])
+        assert torch.equal(model(tokens(), logits_to_keep=torch.tensor([-1])).logits, expected[:, -1:])
+
+
+TEXT_LABELS = [
+    (None, [0, 2], [[0, 3], [0.5, 0.5], [[0.0, 1.0]], [0], [[1.0] * 4] * 2]),
+    (None, [[0.0, 1.0, 1.0]] * 2, [[0.5, 0.5], [[0.5]] * 2]),
+    ("single_label_classification", [[0], [2]], [[0.5, 1.0], [0, 1, 2]]),
+    ("multi_label_classification", [[0, 1, 1]] * 2, [[0, 1], [[1, 1]] * 2]),
+    ("regression", [[0.5, 1.0, 2.0]] * 2, [[0.5, 1.0], [[0.5]] * 2]),
+]
+
+
+@pytest.mark.parametrize(("problem_type", "right", "wrong"), TEXT_LABELS, ids=lambda part: str(part)[:24])
+def test_labels_of_a_text_follow_the_problem(problem_type, right, wrong):
+    fields = {"problem_type": problem_type} if problem_type else {}
+    for labels in wrong:
+        # A model each time: transformers keeps the problem that it found in the first labels.
+        message = refusal_of(classifier(MiniLLMForSequenceClassification, **fields), labels=torch.tensor(labels))
+        assert "`labels`" in message
+    assert "`labels` is a list" in refusal_of(classifier(MiniLLMForSequenceClassification, **fields), labels=right)
+    model = classifier(MiniLLMForSequenceClassification, **fields)
+    assert torch.isfinite(model(tokens(), labels=torch.tensor(right)).loss)
+
+
+def test_regression_of_one_value():
+    model = model_of("causal_rope", MiniLLMForSequenceClassification, num_labels=1)
+    losses = [model(tokens(), labels=labels).loss for labels in (torch.tensor([1.0, 2.0]), torch.tensor([[1], [2]]))]
+    assert torch.allclose(*losses)
+    assert "`labels`" in refusal_of(model, labels=torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_spans_may_have_any_integer_type_and_a_column():
+    model = classifier(MiniLLMForQuestionAnswering)
+    spans = torch.tensor([1, 4])
+    expected = model(tokens(), start_positions=spans, end_positions=spans).loss
+    for other in (spans.int(), spans[:, None], spans.to(torch.uint8)):
+        assert torch.equal(model(tokens(), start_positions=other, end_positions=other).loss, expected)
+    for wrong in (spans[:1], spans[None].expand(2, -1), torch.tensor(1)):
+        assert "`start_positions` has shape" in refusal_of(model, start_positions=wrong, end_positions=wrong)
+
+
+@pytest.mark.parametrize("wrong", [{}, [], 1.5, "text"], ids=str)
+def test_embeddings_and_ids_that_are_no_tensors_are_named(wrong):
+    for model in (
+        model_of("causal_rope"),
+        classifier(MiniLLMForTokenClassification),
+        classifier(MiniLLMForQuestionAnswering),
+    ):
+        assert "`inputs_embeds` is a" in refusal_of(model, input_ids=None, inputs_embeds=wrong)
+        assert "`input_ids` is a" in refusal_of(model, input_ids=wrong)

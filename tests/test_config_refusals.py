@@ -135,6 +135,7 @@ CONFLICTS = [
     ({"attention_type": "prefix"}, {"sop_token_id": 4}, ["sop_token_id=4", "mask_token_id", "together"]),
     ({"attention_type": "prefix"}, {"gmask_token_id": 3}, ["sop_token_id=None", "gmask_token_id", "together"]),
     ({"sliding_window": 1}, {}, ["sliding_window=1", "2 or more"]),
+    ({"sliding_window": 2**63}, {}, ["sliding_window=9223372036854775808", "64-bit"]),
     ({"attention_type": "prefix"}, {"turn_token_ids": [5]}, ["answer_start_token_id=None", "turn_token_ids=[5]"]),
     ({"attention_type": "prefix"}, {"answer_start_token_id": 5}, ["answer_start_token_id=5", "turn_token_ids=None"]),
     *(({name: value}, {}, [f"{name}={value!r}", "decoder-only"]) for name, value in FOREIGN.items()),

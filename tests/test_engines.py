@@ -4,7 +4,14 @@ serve is refused when the model is loaded, never in a running batch."""
 import pytest
 import torch
 from matrix_cases import POSITIONS, assert_close, loud_model, tiny_config
-from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from variant_cases import tokens
 
@@ -102,3 +109,47 @@ def test_a_server_answers_request_by_request(variant):
     state = GenerationState(continuous_batching=True)
     assert not state.use_continuous_batching(loud_model(tiny_config(**REFUSED[variant])), Modality.LLM)
     assert state.use_continuous_batching(loud_model(tiny_config()), Modality.LLM)
+
+
+# --- back ends of one's own ---
+
+
+@pytest.fixture
+def without_mask(monkeypatch):
+    """Plain causal attention, and nothing that would turn padding into a mask for it."""
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask is None
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "my_kernel", attend)
+    return "my_kernel"
+
+
+@torch.no_grad()
+def test_a_back_end_without_a_mask_function_is_refused_what_needs_a_mask(without_mask):
+    model = loud_model(tiny_config())
+    ids = tokens()
+    expected = model(ids).logits
+    model.set_attn_implementation(without_mask)
+    assert_close(model(ids).logits, expected.double(), "plain")
+    assert_close(model(ids, attention_mask=torch.ones_like(ids)).logits, expected.double(), "a mask of ones")
+    for mask in (torch.tensor([[0, 0] + [1] * 8, [1] * 10]), torch.tensor([[1] * 8 + [0, 0], [1] * 10])):
+        with pytest.raises(ValueError, match=r"padding.*'my_kernel' has no mask function"):
+            model(ids, attention_mask=mask)
+    cache = DynamicCache()
+    model(ids[:, :6], past_key_values=cache)
+    assert_close(model(ids[:, 6:7], past_key_values=cache).logits, expected[:, 6:7].double(), "one token")
+    with pytest.raises(ValueError, match="several tokens behind cached ones"):
+        model(ids[:, 7:], past_key_values=cache)
+    with pytest.raises(ValueError, match="cache of fixed size"):
+        model(ids, past_key_values=StaticCache(model.config, max_cache_len=12))
+    model.set_attn_implementation("sdpa")
+    assert_close(model(ids[:, 7:], past_key_values=cache).logits, expected[:, 7:].double(), "nothing was lost")
+
+
+def test_document_ids_are_refused_by_an_engine(engine):
+    model = loud_model(tiny_config())
+    model.set_attn_implementation(engine)
+    with pytest.raises(ValueError, match="documents"):
+        model(tokens(), document_ids=torch.zeros(2, 10, dtype=torch.long))

@@ -14,6 +14,7 @@ from matrix_cases import (
     assert_close,
     batch,
     double_weights,
+    layouts_of,
     loud_model,
     model_run,
     real_tokens,
@@ -78,6 +79,7 @@ EVERYTHING = [
     for case in CASES
     for layout in LAYOUTS
     if layout in ("packing_prefix_padding", "positions_of_choice") or case in ("prefix_alibi", "bidirectional_window")
+    if layout in layouts_of(tiny_config(**CASES[case]))
 ]
 
 

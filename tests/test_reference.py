@@ -310,8 +310,10 @@ def test_equals_llama(rope):
     model = randomise(LlamaForCausalLM(stock_config(LlamaConfig, rope_parameters=dict(rope), **sizes)))
     config = tiny_config(rope_parameters=dict(rope), **sizes)
     assert_same(config, model, model.state_dict())
-    positions = (LEFT_PADDED.cumsum(-1) - 1).clamp(min=0)
-    assert_same(config, model, model.state_dict(), attention_mask=LEFT_PADDED, position_ids=positions)
+    # Llama's lengths are those of the batch, so that both rows have one.
+    mask = LEFT_PADDED[:1].expand_as(LEFT_PADDED) if rope["rope_type"] in ("dynamic", "longrope") else LEFT_PADDED
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert_same(config, model, model.state_dict(), attention_mask=mask, position_ids=positions)
 
 
 def test_equals_llama_packed():
