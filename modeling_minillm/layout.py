@@ -253,7 +253,8 @@ class Layout:
             "blocks": None if self.blocks is None else (self.blocks, self.new_at_keys(self.blocks)),
             "real": None if self.real is None else (self.at_keys(self.real),),
         }
-        rows = max([fact[0].shape[0] for fact in facts.values() if fact is not None], default=1)
+        # Not by `max`, which a graph of a batch of any size cannot hold.
+        rows = self.batch if any(fact[0].shape[0] != 1 for fact in facts.values() if fact is not None) else 1
         facts = {
             name: fact and tuple(part.expand(rows, -1).contiguous() for part in fact) for name, fact in facts.items()
         }
