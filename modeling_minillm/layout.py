@@ -18,6 +18,7 @@ from minillm.positions import POSITION_TABLES
 
 logger = logging.get_logger(__name__)
 
+LONGEST_INDEX = torch.iinfo(torch.int32).max
 LOWEST = torch.iinfo(torch.int64).min
 SHORT = 128
 """Up to this length a mask on CPU is one block."""
@@ -25,8 +26,8 @@ SHORT = 128
 
 def effective_window(config: MiniLLMConfig) -> int | None:
     """The sliding window, or None if it reaches beyond the longest index."""
-    window = config.sliding_window
-    return None if window is None or window > torch.iinfo(torch.int32).max else window
+    window = vars(config)["sliding_window"]
+    return None if window is None or window > LONGEST_INDEX else window
 
 
 class Layout:
@@ -45,7 +46,8 @@ class Layout:
         self.batch, self.query_length = inputs_embeds.shape[:2]
         self.device = inputs_embeds.device
         self.window = effective_window(config)
-        self.tables = POSITION_TABLES.get(config.position_embedding_type, ())
+        # Fields are not read by name from the config itself: that takes transformers three function calls for each.
+        self.tables = POSITION_TABLES.get(vars(config)["position_embedding_type"], ())
         self.fixed_size = getattr(cache, "is_compileable", False)
         self.query_offset: int | torch.Tensor = 0
         self.key_length, self.key_offset = self.query_length, 0

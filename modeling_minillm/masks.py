@@ -201,14 +201,14 @@ def mask_and_bias(
     layout: Layout, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | BlockMask | None, cache: Cache | None
 ) -> tuple[Mask, Bias]:
     """Mask and bias in the form that the chosen back end takes."""
-    config, kind = layout.config, kind_of(layout.config._attn_implementation)
+    config, kind, fields = layout.config, kind_of(layout.config._attn_implementation), vars(layout.config)
     custom = attention_mask if attention_mask is not None and len(attention_mask.shape) != 2 else None
     dtype = autocast_dtype(inputs_embeds)
     if custom is None and folds(layout, kind, inputs_embeds.device.type, dtype):
         return None, fold_alibi(config, layout.query_length, dtype, inputs_embeds.device)
     bias = None
-    if config.position_embedding_type in POSITION_BIASES:
-        scheme = POSITION_BIASES[config.position_embedding_type]
+    if fields["position_embedding_type"] in POSITION_BIASES:
+        scheme = POSITION_BIASES[fields["position_embedding_type"]]
         bias = scheme(config, layout.position_ids, layout.key_positions, inputs_embeds.dtype)
     added = added_dtype(layout, kind, dtype)
     if custom is not None:
@@ -219,7 +219,7 @@ def mask_and_bias(
         return create(config, inputs_embeds, attention_mask, **{CACHE_NAME: cache}), None
     if kind == "flex":
         return block_mask(layout), bias
-    causal_square = layout.query_length > 1 and config.attention_type != "bidirectional"
+    causal_square = layout.query_length > 1 and fields["attention_type"] != "bidirectional"
     plain = bias is None and layout.is_plain()
     in_blocks = not plain or (causal_square and layout.query_length <= LONGEST_PLAIN)
     if kind == "sdpa" and layout.is_long_square() and in_blocks:

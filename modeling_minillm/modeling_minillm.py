@@ -207,7 +207,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             ValueError: for inputs of a wrong dtype, shape or range (see `minillm.checks`), and for inputs that
                 contradict the config or one another. In a traced graph, and on CUDA, a value is a RuntimeError.
         """
-        cache = one_cache(cache, past_key_values)
+        # Read so, a field costs a step of decoding next to nothing.
+        cache, fields = one_cache(cache, past_key_values), vars(self.config)
         paged = any(key in kwargs for key in PAGED_KEYS)
         if not paged:
             check_cache(cache)
@@ -221,7 +222,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             except IndexError as error:
                 message = f"`input_ids` hold an id outside the vocabulary of {self.config.vocab_size} tokens"
                 raise ValueError(message) from error
-        if prefix_mask is None and self.config.attention_type == "prefix" and not is_tracing(inputs_embeds):
+        if prefix_mask is None and fields["attention_type"] == "prefix" and not is_tracing(inputs_embeds):
             self._warn_without_prefix(inputs_embeds.shape[1], attention_mask, cache)
         if use_cache and cache is None:
             cache = with_room(DynamicCache(config=self.config))
@@ -238,12 +239,12 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         )
         hidden_states = self._embed(inputs_embeds, attention.position_ids, attention.block_position_ids)
         position_embeddings = None
-        if self.config.position_embedding_type == "rope":
+        if fields["position_embedding_type"] == "rope":
             position_embeddings = self.rotary_emb(
                 hidden_states, attention.position_ids, attention.block_position_ids, attention.lengths
             )
         # A cut config has part of the model decode, as a draft of its own (`assistant_early_exit`).
-        for layer in islice(self.layers, self.config.num_hidden_layers):
+        for layer in islice(self.layers, fields["num_hidden_layers"]):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=attention.attention_mask,
@@ -258,14 +259,15 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
     def _embed(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        scale = self.config.embedding_gradient_scale
+        fields = vars(self.config)
+        scale = fields["embedding_gradient_scale"]
         if scale != 1 and self.training:
             # This form, unlike e * a + e.detach() * (1 - a), leaves the values exactly as they are.
             inputs_embeds = inputs_embeds.detach() + (inputs_embeds - inputs_embeds.detach()) * scale
-        add_positions = POSITION_EMBEDDINGS.get(self.config.position_embedding_type)
+        add_positions = POSITION_EMBEDDINGS.get(fields["position_embedding_type"])
         if add_positions is not None:
             inputs_embeds = inputs_embeds + add_positions(self, position_ids, block_position_ids)
-        if self.config.embedding_norm:
+        if fields["embedding_norm"]:
             inputs_embeds = self.embed_layernorm(inputs_embeds)
         return self.embed_dropout(inputs_embeds)
 
@@ -299,7 +301,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                         f"`{key}` is a tensor that this model does not read; leave it out (it reads attention_mask, "
                         "position_ids, prefix_mask, document_ids and block_position_ids)"
                     )
-        is_causal = self.config.attention_type != "bidirectional"
+        fields = vars(self.config)
+        is_causal = fields["attention_type"] != "bidirectional"
         # A paged cache brings a mask, and tells SDPA to make no causal one.
         if not paged and kwargs.get("is_causal", is_causal) != is_causal:
             raise ValueError(
@@ -318,12 +321,12 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 "probabilities: load the model with attn_implementation='eager'"
             )
         wants_router = kwargs.get("output_router_logits", self.config.output_router_logits)
-        if wants_router and self.config.mlp_type != "moe":
+        if wants_router and fields["mlp_type"] != "moe":
             raise ValueError(
                 f"`output_router_logits=True` with `mlp_type={self.config.mlp_type!r}`, which has no router: "
                 "leave it out or set `mlp_type='moe'`"
             )
-        if cache is not None and self.config.attention_type == "bidirectional":
+        if cache is not None and fields["attention_type"] == "bidirectional":
             raise ValueError(
                 "`cache` with `attention_type='bidirectional'`: cached tokens would have to see later ones; "
                 "call the model without a cache"
