@@ -152,6 +152,9 @@ class MiniLLMAttention(nn.Module):
         """Leaves the heads of this rank, under tensor parallelism."""
         count = query.shape[1]
         if isinstance(mask, torch.Tensor):
+            if mask.is_floating_point() and mask.dtype != torch.float32:
+                # Norms kept in float32 make wider queries than the embeddings were.
+                mask = mask.to(query.dtype)
             mask = self._local_heads(query, mask)
         if bias is not None and bias.num_heads != count:
             bias = bias.local_heads(self._first_local_head(count), count)

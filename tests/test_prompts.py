@@ -231,7 +231,10 @@ def test_answers_without_a_chats_tokens_are_no_prompts():
     batch = collator([{"prompt_ids": [8, 9, 10], "completion_ids": [11, 12]}])
     assert batch["prefix_mask"].tolist() == [[1, 1, 1, 0, 0]]
     with pytest.raises(ValueError, match="give both"):
-        DataCollatorForSFT(pad_token_id=0, max_length=32, answer_start_token_id=ANSWER)
+        DataCollatorForSFT(pad_token_id=0, max_length=32, prompt_is_prefix=True, answer_start_token_id=ANSWER)
+    for given in ({"answer_start_token_id": ANSWER}, {"turn_token_ids": [ANSWER]}):
+        with pytest.raises(ValueError, match="prompt_is_prefix=True"):
+            DataCollatorForSFT(pad_token_id=0, max_length=32, **given)
 
 
 CHATML = (

@@ -322,7 +322,9 @@ class DataCollatorForSFT(DataCollatorForCausalLM):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("answer_start_token_id", "turn_token_ids"):
-            if getattr(self, name) is None:
+            if getattr(self, name) is not None and not self.prompt_is_prefix:
+                raise ValueError(f"`{name}` tells prompts apart, which are marked with `prompt_is_prefix=True` alone")
+            if getattr(self, name) is None and self.prompt_is_prefix:
                 setattr(self, name, getattr(self.tokenizer, name, None))
         if (self.answer_start_token_id is None) != (self.turn_token_ids is None):
             raise ValueError("give both of `answer_start_token_id` and `turn_token_ids`, or neither")
