@@ -57,6 +57,7 @@ from minillm.masks import build_attention_inputs
 from minillm.normalization import NORMS, identity
 from minillm.positions import POSITION_EMBEDDINGS, POSITION_TABLES, MiniLLMRotaryEmbedding
 from minillm.residual import residual_of
+from minillm.tuning import tuning
 
 logger = logging.get_logger(__name__)
 
@@ -107,6 +108,7 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
     config: MiniLLMConfig
     config_class = MiniLLMConfig
     base_model_prefix = "model"
+    tuning = tuning
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniLLMDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]

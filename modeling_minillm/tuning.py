@@ -1,0 +1,51 @@
+"""Numbers that decide how the work is done, never what comes out: what is computed in parts, and from which size on.
+
+One object of this process, `minillm.tuning.tuning`, which every model has as its attribute `tuning`; so a model that
+was loaded without the plug-in has it too.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Tuning:
+    """Set an attribute, and models of this process follow from their next call on: `model.tuning.use_liger = False`.
+
+    Attributes:
+        chunk_logits: logits that are alive at once in a loss without all of them, by device type ("cuda" stands for
+            every type that is not named): on CPU what its caches hold, on CUDA what keeps matrix products large.
+        use_liger: on CUDA such a loss is made by Liger's kernel, where `liger-kernel` is installed.
+        growing_elements: elements of a layer's cached keys from which on the cache makes room for tokens to come;
+            fewer are joined anew in the time that room takes. `2**62`: never.
+        least_room: tokens that a layer of the cache makes room for at once, or one in eight of those it holds where
+            that is more.
+        blocks_from: on CPU, attention over more new tokens than this is worked through in blocks. `2**62`: never.
+        plain_blocks_up_to: on CPU, beyond so many tokens SDPA's own way with plain causal attention beats blocks.
+        kept_elements: elements of masks that blocks keep for all layers; those beyond are made anew wherever they are
+            used, the backward pass included, so that memory grows with the length and not with its square.
+        open_block_keys: fewer keys that need no mask are not worth a call of SDPA to themselves, unless they are all
+            of a block.
+        folding_devices: device types on which ALiBi becomes channels of queries and keys in 16-bit models, so that
+            SDPA's fused kernels serve. `()`: none.
+        longest_fold: up to so many tokens that is as exact as a table of the bias, by dtype. The larger
+            `slope * position`, the fewer digits of a float32 sum are left to the score, which float16 is fine enough
+            to show. In bfloat16 the limit is that of two digits below 256.
+        widest_fold: the widest heads that SDPA's fused kernels take.
+    """
+
+    chunk_logits: dict[str, int] = field(default_factory=lambda: {"cpu": 2**22, "cuda": 2**27})
+    use_liger: bool = True
+    growing_elements: int = 2**16
+    least_room: int = 64
+    blocks_from: int = 128
+    plain_blocks_up_to: int = 1024
+    kept_elements: int = 2**26
+    open_block_keys: int = 1024
+    folding_devices: tuple[str, ...] = ("cuda",)
+    longest_fold: dict[torch.dtype, int] = field(default_factory=lambda: {torch.bfloat16: 2**16, torch.float16: 2**13})
+    widest_fold: int = 256
+
+
+tuning = Tuning()
