@@ -16,11 +16,11 @@ from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
 from minillm.configuration.presets import PRESETS
 from minillm.description import describe
+from minillm.folded_alibi import is_foldable
 from minillm.fused_loss import find_liger
-from minillm.layout import SHORT
 from minillm.loss import MANY_LOGITS
-from minillm.masks import LONGEST_PLAIN
-from minillm.positions import LONGEST_FOLD, POSITION_BIASES, is_foldable
+from minillm.positions import POSITION_BIASES
+from minillm.tuning import tuning
 
 
 def count_parameters(config: MiniLLMConfig) -> int:
@@ -89,13 +89,14 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
     on_cuda = f"by torch, not by Liger's kernel: {liger}" if isinstance(liger, str) else kernel
     masked = config.attention_type != "bidirectional" or config.sliding_window is not None
     hides = masked or config.position_embedding_type in POSITION_BIASES
-    plain = f", up to {LONGEST_PLAIN:,} unless packed or padded"
-    length = f"beyond {SHORT} tokens{plain if features_of(config) <= {'any', 'dropout'} else ''}"
+    plain = f", up to {tuning.plain_blocks_up_to:,} unless packed or padded"
+    length = f"beyond {tuning.blocks_from} tokens{plain if features_of(config) <= {'any', 'dropout'} else ''}"
     attention = f"sdpa on cpu in blocks of queries, {length} (off: attn_implementation='eager')"
-    longest = " or ".join(f"{str(dtype).removeprefix('torch.')} up to {n:,}" for dtype, n in LONGEST_FOLD.items())
+    limits = tuning.longest_fold.items()
+    longest = " or ".join(f"{str(dtype).removeprefix('torch.')} up to {length:,}" for dtype, length in limits)
     folded = (
         f"sdpa with ALiBi folded into queries and keys: {longest} tokens, unless packed, padded or with a prefix "
-        "(off: minillm.masks.FOLDING_DEVICES = ())"
+        "(off: model.tuning.folding_devices = ())"
     )
     generates = config.attention_type != "bidirectional"
     grows = (

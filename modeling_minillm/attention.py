@@ -1,19 +1,18 @@
 """Attention: projections, rotary positions, cache and the call of the chosen back end."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from minillm.blocked_attention import BlockedMask, blocked_attention
 from minillm.cache import CACHE_NAME
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.layout import effective_window
+from minillm.geometry import effective_window
 from minillm.normalization import NORMS, identity
-from minillm.positions import FoldedBias, PositionBias, apply_rotary, pair_swap
+from minillm.rotary import apply_rotary, pair_swap
 
 
 def eager_attention_forward(
@@ -80,19 +79,20 @@ class MiniLLMAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | BlockMask | BlockedMask | None = None,
+        attention_mask: Any = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        position_bias: PositionBias | FoldedBias | None = None,
+        attention_function: Callable | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends over cached and new tokens.
 
         Args:
             hidden_states: [batch, Q, hidden].
-            attention_mask, position_bias: as `minillm.masks.build_attention_inputs` makes them.
-            position_embeddings: cosines and signed sines [batch or 1, 1, Q, rotary channels], or None without RoPE.
-            kwargs: the cache, which takes this layer's keys and values, under `CACHE_NAME`; the rest is for the back
-                end.
+            attention_mask, attention_function: as `minillm.back_ends.attention_inputs` chooses them; without a
+                function, that of the back end which the config names.
+            position_embeddings: cosines and signed sines [batch or 1, Q, rotary channels], or None without RoPE.
+            kwargs: the cache, which takes this layer's keys and values, under `CACHE_NAME`; the rest, such as
+                `position_bias`, is for the attention function.
 
         Returns:
             The output [batch, Q, hidden], and the probabilities [batch, heads, Q, K] where the back end has them.
@@ -105,33 +105,15 @@ class MiniLLMAttention(nn.Module):
         if position_embeddings is not None:
             query = apply_rotary(query, *position_embeddings, self.swap)
             key = apply_rotary(key, *position_embeddings, self.swap)
-        fresh = (key, value)
         cache: Cache | None = kwargs.pop(CACHE_NAME, None)
         if cache is not None:
             # A paged cache reads its indices from the keyword arguments, and adds what its kernel needs.
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        if isinstance(attention_mask, BlockedMask):
-            output = blocked_attention(
-                query,
-                key,
-                value,
-                attention_mask,
-                lambda mask: self._local_heads(query, mask),
-                self.dropout if self.training else 0.0,
-                self.scaling,
+        if attention_function is None:
+            attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
             )
-            return self.o_proj(output.reshape(*shape, -1)), None
-        attention_mask, position_bias = self._local(query, attention_mask, position_bias)
-        is_folded = isinstance(position_bias, FoldedBias)
-        if is_folded:
-            # The cache, which was empty, holds heads of their own width; one of fixed size returns unwritten places.
-            query, key, value = position_bias.widen(query, *fresh)
-        elif position_bias is not None:
-            kwargs["position_bias"] = position_bias
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, probabilities = attend(
+        output, probabilities = attention_function(
             self,
             query,
             key,
@@ -142,27 +124,4 @@ class MiniLLMAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        if is_folded:
-            output = output[..., : self.head_dim]
         return self.o_proj(output.reshape(*shape, -1).contiguous()), probabilities
-
-    def _local(
-        self, query: torch.Tensor, mask: torch.Tensor | BlockMask | None, bias: PositionBias | FoldedBias | None
-    ) -> tuple[torch.Tensor | BlockMask | None, PositionBias | FoldedBias | None]:
-        """Leaves the heads of this rank, under tensor parallelism."""
-        count = query.shape[1]
-        if isinstance(mask, torch.Tensor):
-            if mask.is_floating_point() and mask.dtype != torch.float32:
-                # Norms kept in float32 make wider queries than the embeddings were.
-                mask = mask.to(query.dtype)
-            mask = self._local_heads(query, mask)
-        if bias is not None and bias.num_heads != count:
-            bias = bias.local_heads(self._first_local_head(count), count)
-        return mask, bias
-
-    def _local_heads(self, query: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        count = query.shape[1]
-        return mask if mask.shape[1] in (1, count) else mask.narrow(1, self._first_local_head(count), count)
-
-    def _first_local_head(self, count: int) -> int:
-        return self.q_proj.weight.device_mesh.get_local_rank() * count

@@ -12,14 +12,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-KEPT_ELEMENTS = 2**26
-"""So many elements of masks are made once for all layers, and those beyond anew wherever they are used, the backward
-pass included: memory then grows with the length, not with its square."""
-SHORTEST_OPEN = 1024
-"""Fewer keys without a table are not worth a call of the kernel to themselves, unless they are all of a block."""
+from minillm.tuning import tuning
 
 
 class Block(NamedTuple):
@@ -70,7 +67,7 @@ class BlockedMask:
     ) -> None:
         self.table, self.without_table = table, without_table
         self.blocks: list[list[Part]] = []
-        room = KEPT_ELEMENTS
+        room = tuning.kept_elements
         for start in range(0, length, block_size(length)):
             queries = slice(start, min(length, start + block_size(length)))
             # As numbers: `amax` and `amin` take a tenth of the time of `any` and `all`.
@@ -113,7 +110,7 @@ class BlockedMask:
             pieces = [
                 keys
                 for keys in pieces
-                if _length(keys) >= SHORTEST_OPEN and self.without_table(Block(queries, keys)) is not None
+                if _length(keys) >= tuning.open_block_keys and self.without_table(Block(queries, keys)) is not None
             ]
             if pieces:
                 return pieces
@@ -233,23 +230,23 @@ def _at(states: torch.Tensor, place: slice) -> torch.Tensor:
     return states.narrow(2, place.start, _length(place))
 
 
-def blocked_attention(
+def blocked_attention_forward(
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: BlockedMask,
-    local_heads: Callable[[torch.Tensor], torch.Tensor],
+    attention_mask: BlockedMask,
     dropout: float,
     scaling: float,
-) -> torch.Tensor:
-    """Scaled dot-product attention under a blocked mask.
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention under a blocked mask. An attention function of transformers' form.
 
     Args:
         query: [B, H, length, head_dim]; `key` and `value`: [B, key/value heads, length, head_dim].
-        local_heads: leaves those heads of a mask that the query has.
 
     Returns:
-        [B, length, H, head_dim].
+        The output [B, length, H, head_dim], and None.
     """
     # What autocast does for SDPA, which is not asked below.
     query, key, value = (states.to(autocast_dtype(states)) for states in (query, key, value))
@@ -260,15 +257,15 @@ def blocked_attention(
     def fit(scores: Scores) -> Scores:
         # The kernel adds float32 to scores of any dtype but float64, and a bias needs its digits.
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        return Scores(*(part if part is None else local_heads(part).to(query.device, dtype) for part in scores))
+        return Scores(*(part if part is None else part.to(query.device, dtype) for part in scores))
 
     if dropout == 0 and _has_flash(query):
         # The kernel reads the channels of a head one after another, whatever their stride says.
         query, key, value = (
             states if states.stride(-1) == 1 else states.contiguous() for states in (query, key, value)
         )
-        return FlashInParts.apply(query, key, value, mask, fit, scaling)
-    return _composed(query, key, value, mask, fit, dropout, scaling)
+        return FlashInParts.apply(query, key, value, attention_mask, fit, scaling), None
+    return _composed(query, key, value, attention_mask, fit, dropout, scaling), None
 
 
 def _has_flash(query: torch.Tensor) -> bool:
@@ -302,7 +299,7 @@ def _composed(
         )
 
     pairs = sum(_length(part.block.queries) * _length(part.block.keys) for parts in mask.blocks for part in parts)
-    if torch.is_grad_enabled() and query.shape[0] * query.shape[1] * pairs > KEPT_ELEMENTS:
+    if torch.is_grad_enabled() and query.shape[0] * query.shape[1] * pairs > tuning.kept_elements:
         outputs = [checkpoint(attend, parts, query, key, value, use_reentrant=False) for parts in mask.blocks]
     else:
         outputs = [attend(parts, query, key, value) for parts in mask.blocks]

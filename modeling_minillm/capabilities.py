@@ -6,7 +6,7 @@ A combination that is not refused here equals the naive reference in outputs and
 from typing import NamedTuple
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.positions import follows_length
+from minillm.rotary import follows_length
 
 DIRECTIONS = ("forward", "backward", "generate")
 

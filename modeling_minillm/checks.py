@@ -4,15 +4,45 @@ Shapes: B batch, H heads, Q new tokens, K keys. Shapes and dtypes are checked al
 looked at on CPU; on CUDA, and in a graph that is being traced, the device asserts them, so that nobody waits for them.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils.import_utils import is_tracing
 
+from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.prompts import last_before
+from minillm.prompts import document_starts, last_before, previous
 
 ASSERTING_DEVICES = ("cpu", "cuda")
+# They repeat `position_ids` or the cache's own length, or concern only the loss.
+UNREAD_TENSORS = frozenset(
+    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx cache_position "
+    "num_items_in_batch shift_labels".split()
+)
+PER_TOKEN = ("position_ids", "prefix_mask", "document_ids", "block_position_ids")
+
+
+class GivenTokens(NamedTuple):
+    """What the caller says of the tokens; see `MiniLLMModel.forward`."""
+
+    attention_mask: torch.Tensor | BlockMask | None = None
+    position_ids: torch.Tensor | None = None
+    prefix_mask: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+    block_position_ids: torch.Tensor | None = None
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """The mask, where it is one of padding [B, slots]."""
+        is_padding = self.attention_mask is not None and len(self.attention_mask.shape) == 2
+        return self.attention_mask if is_padding else None
+
+    @property
+    def own_mask(self) -> torch.Tensor | BlockMask | None:
+        """The mask, where it says by itself who sees whom."""
+        return None if self.padding is not None else self.attention_mask
 
 
 def require(ok: torch.Tensor, message: str) -> None:
@@ -55,9 +85,12 @@ def require_shape(name: str, tensor: torch.Tensor, batch: int, lengths: tuple[in
 
 
 def check_tokens(
-    config: MiniLLMConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, per_token: dict
+    config: MiniLLMConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    given: GivenTokens | None = None,
 ) -> None:
-    """`input_ids` [B, Q] or `inputs_embeds` [B, Q, hidden], and the kind of the other per-token inputs by name."""
+    """`input_ids` [B, Q] or `inputs_embeds` [B, Q, hidden], and the kind of what else was `given` about each token."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
     if input_ids is not None:
@@ -74,7 +107,8 @@ def check_tokens(
         right = tokens.ndim == 3 and tokens.shape[-1] == config.hidden_size
     if not right or 0 in tokens.shape:
         raise ValueError(f"`{name}` has shape {list(tokens.shape)}; expected {expected}, none of them 0")
-    for name, tensor in per_token.items():
+    for name in PER_TOKEN if given is not None else ():
+        tensor = getattr(given, name)
         if tensor is not None:
             require_integers(name, tensor, allow_bool=name == "prefix_mask")
 
@@ -145,6 +179,33 @@ def check_window(real: torch.Tensor) -> None:
     )
 
 
+def check_documents(
+    documents: torch.Tensor, running: torch.Tensor, real: torch.Tensor | None, cached: int | torch.Tensor
+) -> None:
+    """Documents [B or 1, Q] must not decrease over real tokens (all of them if `real` is None), so that they equal
+    their `running` maximum there; and none may follow upon `cached` tokens."""
+    if isinstance(cached, torch.Tensor):
+        require(cached == 0, "`document_ids` were given with a cache that already holds tokens")
+    elif cached > 0:
+        raise ValueError(
+            f"`document_ids` were given with a cache that holds {cached} tokens: documents are packed in one forward; "
+            "continue each document from a cache of its own"
+        )
+    ok, where = (documents == running), "inside a row"
+    if real is not None:
+        ok, where = ok | ~real, "over the real tokens of a row"
+    require(ok, f"`document_ids` decrease {where}; they must be non-decreasing")
+
+
+def check_has_prefix(config: MiniLLMConfig) -> None:
+    """Refuses a `prefix_mask` where the config has no prefix."""
+    if config.attention_type != "prefix":
+        raise ValueError(
+            f"`prefix_mask` was given, but `attention_type={config.attention_type!r}`: only a model with "
+            "`attention_type='prefix'` has a bidirectional prefix"
+        )
+
+
 def check_prompts(blocks: torch.Tensor, real: torch.Tensor | None, documents: torch.Tensor | None) -> None:
     """The numbers of a `prefix_mask` [B, Q]: over the real tokens of each document (numbers [B or 1, Q], None for a
     single one) they rise from prompt to prompt, and none comes back."""
@@ -155,10 +216,10 @@ def check_prompts(blocks: torch.Tensor, real: torch.Tensor | None, documents: to
     if documents is not None:
         documents = documents.expand_as(blocks)
         is_first = is_first | (documents.gather(1, before) != documents)
-        number = torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0)).long().cumsum(-1)
+        number = document_starts(documents).long().cumsum(-1)
     # One key that rises over the documents of a row, and over the prompts of each.
     key = torch.where(real, number * (blocks.max() + 1) + blocks, -1)
-    seen = torch.nn.functional.pad(key.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    seen = previous(key.cummax(-1).values, -1)
     goes_on = ~is_first & (blocks.gather(1, before) == blocks)
     require(
         (blocks == 0) | ~real | goes_on | (key > seen),
@@ -264,4 +325,48 @@ def check_cache(cache: Cache | None) -> None:
         raise ValueError(
             f"the key/value cache is a {type(cache).__name__}; expected a `Cache` of a decoder, such as DynamicCache "
             "or StaticCache"
+        )
+
+
+def check_call(config: MiniLLMConfig, kwargs: dict[str, Any], cache: Cache | None, paged: bool) -> None:
+    """Refuses what this variant, or the chosen back end, would silently ignore."""
+    implementation = config._attn_implementation
+    if paged:
+        check(config, "paged")
+    else:
+        for key, value in kwargs.items():
+            if isinstance(value, torch.Tensor) and key not in UNREAD_TENSORS:
+                raise ValueError(
+                    f"`{key}` is a tensor that this model does not read; leave it out (it reads attention_mask, "
+                    "position_ids, prefix_mask, document_ids and block_position_ids)"
+                )
+    fields = vars(config)
+    is_causal = fields["attention_type"] != "bidirectional"
+    # A paged cache brings a mask, and tells SDPA to make no causal one.
+    if not paged and kwargs.get("is_causal", is_causal) != is_causal:
+        raise ValueError(
+            f"`is_causal={kwargs['is_causal']}` with `attention_type={config.attention_type!r}`: who sees "
+            "whom is a matter of the config; set `attention_type`"
+        )
+    if kwargs.get("softcap") is not None and kind_of(implementation) in ("eager", "sdpa"):
+        raise ValueError(
+            f"`softcap={kwargs['softcap']}` with attn_implementation={implementation!r}, which does not read it: "
+            "leave it out or use 'flex_attention'"
+        )
+    wants_attentions = kwargs.get("output_attentions", config.output_attentions)
+    if wants_attentions and implementation != "eager":
+        raise ValueError(
+            f"`output_attentions=True` with attn_implementation={implementation!r}, which returns no "
+            "probabilities: load the model with attn_implementation='eager'"
+        )
+    wants_router = kwargs.get("output_router_logits", config.output_router_logits)
+    if wants_router and fields["mlp_type"] != "moe":
+        raise ValueError(
+            f"`output_router_logits=True` with `mlp_type={config.mlp_type!r}`, which has no router: "
+            "leave it out or set `mlp_type='moe'`"
+        )
+    if cache is not None and fields["attention_type"] == "bidirectional":
+        raise ValueError(
+            "`cache` with `attention_type='bidirectional'`: cached tokens would have to see later ones; "
+            "call the model without a cache"
         )

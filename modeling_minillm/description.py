@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
+from minillm.checks import GivenTokens
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.layout import lay_out
+from minillm.geometry import read_geometry
 from minillm.masks import dense_mask
+from minillm.tokens import read_tokens
 
 POSITIONS = {
     "rope": "rotary position embedding (RoPE)",
@@ -86,9 +88,10 @@ def draw_mask(
     Raises:
         ValueError: what the forward would refuse.
     """
-    tokens = torch.empty(1, length, 0)
-    layout = lay_out(config, tokens, attention_mask, position_ids, None, prefix_mask, document_ids, None)
-    return "\n".join(" ".join("■" if seen else "·" for seen in line) for line in dense_mask(layout)[0, 0].tolist())
+    geometry = read_geometry(config, torch.empty(1, length, 0), None)
+    tokens = read_tokens(config, geometry, GivenTokens(attention_mask, position_ids, prefix_mask, document_ids))
+    mask = dense_mask(geometry, tokens)[0, 0].tolist()
+    return "\n".join(" ".join("■" if seen else "·" for seen in line) for line in mask)
 
 
 def draw_positions(tokens: Sequence[str], position_ids: Sequence[int], block_position_ids: Sequence[int]) -> str:

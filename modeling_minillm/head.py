@@ -1,4 +1,5 @@
-"""The output head: a Linear, or one whose rows are normalised (Baichuan 2), and what others may do to that one."""
+"""The output head: a Linear, or one whose rows are normalised (Baichuan 2), and what others may do to that one; and
+which positions a head reads."""
 
 import sys
 from types import FrameType
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from minillm.checks import check_logits_to_keep
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 
 # Who asks a module for its `weight` to get the parameter itself: to shard, move, load or replace it.
@@ -163,3 +165,42 @@ def refuse_adapter(head: nn.Module) -> None:
                 "its rows by their lengths: merging would make another model of it. Leave `lm_head` out of the "
                 "adapter, train it whole by `modules_to_save=['lm_head']`, or call `model.fold_norm_head()` first"
             )
+
+
+def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states [batch, length, hidden] that `logits_to_keep` names, as transformers understands it."""
+    check_logits_to_keep(logits_to_keep, *hidden_states.shape[:2])
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None), :]
+    if logits_to_keep.dtype == torch.bool and logits_to_keep.ndim == 2:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.gather(1, logits_to_keep[..., None].long().expand(-1, -1, hidden_states.shape[-1]))
+    return hidden_states[:, logits_to_keep if logits_to_keep.dtype == torch.bool else logits_to_keep.long(), :]
+
+
+def last_real_token(
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pad_token_id: int | None,
+) -> torch.Tensor | int:
+    """The index [batch] of the last real token of each row of `hidden_states` [batch, Q, hidden].
+
+    A 2D mask [batch, cached + Q] says what is real, since the padding token may be the end token as well. Without one
+    it is the last token that is not `pad_token_id`, as in transformers.
+    """
+    count = hidden_states.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask[:, -count:].to(hidden_states.device) != 0
+    elif input_ids is not None and pad_token_id is not None:
+        real = input_ids.to(hidden_states.device) != pad_token_id
+    elif hidden_states.shape[0] > 1 and pad_token_id is None:
+        raise ValueError(
+            "a batch of several texts without `attention_mask`, and no `pad_token_id` in the config: pass the mask, "
+            "which says where each text ends"
+        )
+    else:
+        return count - 1
+    index = torch.arange(count, device=real.device)
+    return (index * real).argmax(-1)

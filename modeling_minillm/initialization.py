@@ -11,7 +11,7 @@ from transformers import initialization as init
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.feed_forward import MiniLLMExperts, MiniLLMRouter
 from minillm.head import NormHead
-from minillm.positions import MiniLLMRotaryEmbedding
+from minillm.rotary import MiniLLMRotaryEmbedding
 
 
 def mark_gains(layer: nn.Module, config: MiniLLMConfig) -> None:

@@ -2,7 +2,7 @@
 
 Every variant is a row of settings: norms, feed-forwards, residual wirings and position schemes come from the tables of
 the files beside this one and are chosen when a layer is built; masks and biases are made once per forward in
-`minillm.masks`.
+`minillm.back_ends`.
 """
 
 from itertools import islice
@@ -34,12 +34,14 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from minillm.attention import MiniLLMAttention
+from minillm.back_ends import Call, attention_inputs
 from minillm.cache import CACHE_NAME, one_cache, with_room
-from minillm.capabilities import check, kind_of
+from minillm.capabilities import check
 from minillm.checks import (
+    GivenTokens,
     check_attention_mask,
     check_cache,
-    check_logits_to_keep,
+    check_call,
     check_tokens,
     read_answer_spans,
     read_labels,
@@ -49,23 +51,21 @@ from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.decoding import MiniLLMDecodingMixin
 from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
-from minillm.head import MiniLLMHeadMixin, build_head
+from minillm.geometry import read_geometry
+from minillm.head import MiniLLMHeadMixin, build_head, keep_positions, last_real_token
 from minillm.infilling import MiniLLMInfillingMixin
 from minillm.initialization import initialize, mark_gains
 from minillm.loss import causal_lm_loss, join_router_loss, refuse_router_logits, skips_logits
-from minillm.masks import build_attention_inputs
 from minillm.normalization import NORMS, identity
-from minillm.positions import POSITION_EMBEDDINGS, POSITION_TABLES, MiniLLMRotaryEmbedding
+from minillm.positions import POSITION_EMBEDDINGS, POSITION_TABLES
 from minillm.residual import residual_of
+from minillm.rotary import MiniLLMRotaryEmbedding, follows_length
+from minillm.tensor_parallel import local_heads
+from minillm.tokens import Tokens, document_lengths, read_tokens
 from minillm.tuning import tuning
 
 logger = logging.get_logger(__name__)
 
-# They repeat `position_ids` or the cache's own length, or concern only the loss.
-UNREAD_TENSORS = frozenset(
-    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx cache_position "
-    "num_items_in_batch shift_labels".split()
-)
 PAGED_KEYS = ("read_index", "write_index")
 
 
@@ -88,18 +88,6 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """Maps the stream [batch, length, hidden] to the next; keyword arguments go to the attention."""
         return self.wiring(self, hidden_states, lambda stream: self.self_attn(stream, **kwargs)[0])
-
-
-def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The hidden states [batch, length, hidden] that `logits_to_keep` names, as transformers understands it."""
-    check_logits_to_keep(logits_to_keep, *hidden_states.shape[:2])
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, slice(-logits_to_keep, None), :]
-    if logits_to_keep.dtype == torch.bool and logits_to_keep.ndim == 2:
-        return hidden_states[logits_to_keep]
-    if logits_to_keep.ndim == 2:
-        return hidden_states.gather(1, logits_to_keep[..., None].long().expand(-1, -1, hidden_states.shape[-1]))
-    return hidden_states[:, logits_to_keep if logits_to_keep.dtype == torch.bool else logits_to_keep.long(), :]
 
 
 class MiniLLMPreTrainedModel(PreTrainedModel):
@@ -211,56 +199,55 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         """
         # Read so, a field costs a step of decoding next to nothing.
         cache, fields = one_cache(cache, past_key_values), vars(self.config)
+        given = GivenTokens(attention_mask, position_ids, prefix_mask, document_ids, block_position_ids)
         paged = any(key in kwargs for key in PAGED_KEYS)
         if not paged:
             check_cache(cache)
             check_attention_mask(attention_mask)
-        self._check_call(kwargs, cache, paged)
-        per_token = {"position_ids": position_ids, "prefix_mask": prefix_mask, "document_ids": document_ids}
-        check_tokens(self.config, input_ids, inputs_embeds, {**per_token, "block_position_ids": block_position_ids})
+        check_call(self.config, kwargs, cache, paged)
+        check_tokens(self.config, input_ids, inputs_embeds, given)
         if inputs_embeds is None:
-            try:
-                inputs_embeds = self.embed_tokens(input_ids)
-            except IndexError as error:
-                message = f"`input_ids` hold an id outside the vocabulary of {self.config.vocab_size} tokens"
-                raise ValueError(message) from error
+            inputs_embeds = self._look_up(input_ids)
         if prefix_mask is None and fields["attention_type"] == "prefix" and not is_tracing(inputs_embeds):
             self._warn_without_prefix(inputs_embeds.shape[1], attention_mask, cache)
         if use_cache and cache is None:
             cache = with_room(DynamicCache(config=self.config))
-        attention = build_attention_inputs(
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            None if paged else cache,  # a paged cache brings its own mask and positions
-            prefix_mask,
-            document_ids,
-            block_position_ids,
-            paged,
-        )
-        hidden_states = self._embed(inputs_embeds, attention.position_ids, attention.block_position_ids)
+        # A paged cache brings its own mask and positions.
+        known_cache = None if paged else cache
+        geometry = read_geometry(self.config, inputs_embeds, known_cache)
+        tokens = read_tokens(self.config, geometry, given)
+        heads = local_heads(self.layers[0], fields["num_attention_heads"])
+        call = Call(self.config, geometry, tokens, given, inputs_embeds, known_cache, heads)
+        attention = attention_inputs(call, paged).keywords
+        hidden_states = self._embed(inputs_embeds, tokens)
         position_embeddings = None
         if fields["position_embedding_type"] == "rope":
+            lengths = document_lengths(geometry, tokens) if follows_length(self.config) else None
             position_embeddings = self.rotary_emb(
-                hidden_states, attention.position_ids, attention.block_position_ids, attention.lengths
+                hidden_states, tokens.position_ids, tokens.block_position_ids, lengths
             )
         # A cut config has part of the model decode, as a draft of its own (`assistant_early_exit`).
         for layer in islice(self.layers, fields["num_hidden_layers"]):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=attention.attention_mask,
-                position_bias=attention.position_bias,
                 position_embeddings=position_embeddings,
-                position_ids=attention.position_ids,
+                position_ids=tokens.position_ids,
+                **attention,
                 **{"cache" if paged else CACHE_NAME: cache},
                 **kwargs,
             )
         return self.output_class(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def _embed(
-        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _look_up(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings [batch, Q, hidden] of token ids [batch, Q]."""
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            message = f"`input_ids` hold an id outside the vocabulary of {self.config.vocab_size} tokens"
+            raise ValueError(message) from error
+
+    def _embed(self, inputs_embeds: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """What enters the first block, [batch, Q, hidden]."""
         fields = vars(self.config)
         scale = fields["embedding_gradient_scale"]
         if scale != 1 and self.training:
@@ -268,7 +255,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             inputs_embeds = inputs_embeds.detach() + (inputs_embeds - inputs_embeds.detach()) * scale
         add_positions = POSITION_EMBEDDINGS.get(fields["position_embedding_type"])
         if add_positions is not None:
-            inputs_embeds = inputs_embeds + add_positions(self, position_ids, block_position_ids)
+            inputs_embeds = inputs_embeds + add_positions(self, tokens.position_ids, tokens.block_position_ids)
         if fields["embedding_norm"]:
             inputs_embeds = self.embed_layernorm(inputs_embeds)
         return self.embed_dropout(inputs_embeds)
@@ -289,49 +276,6 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 "This prefix model reads a text without `prefix_mask`, so as a plain causal model, while `generate()` "
                 "reads a prompt as its prefix: the two give different probabilities. Pass `prefix_mask` to score what "
                 "follows a prompt, or set `prompt_is_prefix=False` in its config to have both causal."
-            )
-
-    def _check_call(self, kwargs: dict[str, Any], cache: Cache | None, paged: bool) -> None:
-        """Refuses what this variant, or the chosen back end, would silently ignore."""
-        implementation = self.config._attn_implementation
-        if paged:
-            check(self.config, "paged")
-        else:
-            for key, value in kwargs.items():
-                if isinstance(value, torch.Tensor) and key not in UNREAD_TENSORS:
-                    raise ValueError(
-                        f"`{key}` is a tensor that this model does not read; leave it out (it reads attention_mask, "
-                        "position_ids, prefix_mask, document_ids and block_position_ids)"
-                    )
-        fields = vars(self.config)
-        is_causal = fields["attention_type"] != "bidirectional"
-        # A paged cache brings a mask, and tells SDPA to make no causal one.
-        if not paged and kwargs.get("is_causal", is_causal) != is_causal:
-            raise ValueError(
-                f"`is_causal={kwargs['is_causal']}` with `attention_type={self.config.attention_type!r}`: who sees "
-                "whom is a matter of the config; set `attention_type`"
-            )
-        if kwargs.get("softcap") is not None and kind_of(implementation) in ("eager", "sdpa"):
-            raise ValueError(
-                f"`softcap={kwargs['softcap']}` with attn_implementation={implementation!r}, which does not read it: "
-                "leave it out or use 'flex_attention'"
-            )
-        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        if wants_attentions and implementation != "eager":
-            raise ValueError(
-                f"`output_attentions=True` with attn_implementation={implementation!r}, which returns no "
-                "probabilities: load the model with attn_implementation='eager'"
-            )
-        wants_router = kwargs.get("output_router_logits", self.config.output_router_logits)
-        if wants_router and fields["mlp_type"] != "moe":
-            raise ValueError(
-                f"`output_router_logits=True` with `mlp_type={self.config.mlp_type!r}`, which has no router: "
-                "leave it out or set `mlp_type='moe'`"
-            )
-        if cache is not None and fields["attention_type"] == "bidirectional":
-            raise ValueError(
-                "`cache` with `attention_type='bidirectional'`: cached tokens would have to see later ones; "
-                "call the model without a cache"
             )
 
 
@@ -490,33 +434,6 @@ class MiniLLMForSequenceClassification(MiniLLMPreTrainedModel):
         )
 
 
-def last_real_token(
-    hidden_states: torch.Tensor,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    pad_token_id: int | None,
-) -> torch.Tensor | int:
-    """The index [batch] of the last real token of each row of `hidden_states` [batch, Q, hidden].
-
-    A 2D mask [batch, cached + Q] says what is real, since the padding token may be the end token as well. Without one
-    it is the last token that is not `pad_token_id`, as in transformers.
-    """
-    count = hidden_states.shape[1]
-    if attention_mask is not None and attention_mask.ndim == 2:
-        real = attention_mask[:, -count:].to(hidden_states.device) != 0
-    elif input_ids is not None and pad_token_id is not None:
-        real = input_ids.to(hidden_states.device) != pad_token_id
-    elif hidden_states.shape[0] > 1 and pad_token_id is None:
-        raise ValueError(
-            "a batch of several texts without `attention_mask`, and no `pad_token_id` in the config: pass the mask, "
-            "which says where each text ends"
-        )
-    else:
-        return count - 1
-    index = torch.arange(count, device=real.device)
-    return (index * real).argmax(-1)
-
-
 class MiniLLMForTokenClassification(GenericForTokenClassification, MiniLLMPreTrainedModel):
     """The decoder with a class per token."""
 
@@ -547,7 +464,7 @@ class MiniLLMForTokenClassification(GenericForTokenClassification, MiniLLMPreTra
         """As `MiniLLMModel.forward`; `labels` [batch, Q] are classes, -100 where there is none."""
         refuse_router_logits(self.config, kwargs)
         if labels is not None:
-            check_tokens(self.config, input_ids, inputs_embeds, {})
+            check_tokens(self.config, input_ids, inputs_embeds)
             tokens = inputs_embeds if input_ids is None else input_ids
             labels = read_labels("labels", labels, tokens.shape[:2], self.num_labels)
         cache = one_cache(cache, past_key_values)
@@ -583,7 +500,7 @@ class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrained
         """As `MiniLLMModel.forward`; `start_positions` and `end_positions` [batch] are token indices, beyond the last
         token where there is no answer."""
         refuse_router_logits(self.config, kwargs)
-        check_tokens(self.config, input_ids, inputs_embeds, {})
+        check_tokens(self.config, input_ids, inputs_embeds)
         batch = (inputs_embeds if input_ids is None else input_ids).shape[0]
         start_positions, end_positions = read_answer_spans(start_positions, end_positions, batch)
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}

@@ -8,12 +8,25 @@ from collections.abc import Sequence
 import torch
 
 
+def previous(values: torch.Tensor, first: int) -> torch.Tensor:
+    """The value before each of [B, L], `first` before the first.
+
+    Cut after filling: a graph of any L may not ask whether L - 1 is 1, as comparing `values[:, 1:]` would.
+    """
+    return torch.nn.functional.pad(values, (1, 0), value=first)[:, :-1]
+
+
+def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
+    """Where documents [B, L] begin, as booleans, for numbers above the least int64."""
+    return document_ids != previous(document_ids, torch.iinfo(torch.int64).min)
+
+
 def last_before(real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each token of a boolean mask [B, L]: the index of the last True before it (0 if there is none), and whether
     there is none."""
     index = torch.arange(real.shape[1], device=real.device).expand_as(real)
     last = torch.where(real, index, -1).cummax(-1).values
-    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    before = previous(last, -1)
     return before.clamp(min=0), before < 0
 
 

@@ -5,15 +5,16 @@ It is chosen on CUDA alone, and forced here on CPU; the tests marked `gpu` run i
 
 import pytest
 import torch
+from attention_calls import attention_of, call_of
 from matrix_cases import double_weights, loud_model, model_run, reference_run, rows, tiny_config
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
-from minillm import masks
-from minillm.layout import lay_out
-from minillm.masks import build_attention_inputs, folds
-from minillm.positions import AlibiBias, FoldedBias, alibi_slopes, fold_alibi, split
+from minillm.alibi import AlibiBias, alibi_slopes
+from minillm.back_ends import attention_inputs, folds
+from minillm.folded_alibi import FoldedBias, fold_alibi, folded_attention_forward, split
+from minillm.tuning import tuning
 
 ALIBI = {"position_embedding_type": "alibi"}
 CASES = {
@@ -49,7 +50,7 @@ def token_ids(length=LENGTH):
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Folds on CPU, too."""
-    monkeypatch.setattr(masks, "FOLDING_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(tuning, "folding_devices", ("cpu", "cuda"))
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_logits_and_gradients_are_as_exact_as_with_a_dense_bias(case, dtype, mon
     dense = run_in(model, ids)
     assert all(options["attn_mask"] is not None for _, options in calls)
     calls.clear()
-    monkeypatch.setattr(masks, "FOLDING_DEVICES", ("cpu",))
+    monkeypatch.setattr(tuning, "folding_devices", ("cpu",))
     folded = run_in(model, ids)
     width = 32 if case == "heads of 20" else 16
     assert [shape[-1] for states, _ in calls for shape in states] == [width] * 6
@@ -225,17 +226,20 @@ def test_sdpa_s_flash_kernel_takes_it(on_cpu, calls):
 
 def test_no_square_of_the_length_is_made(on_cpu):
     length = 4096
-    inputs = build_attention_inputs(config_of(), torch.zeros(1, length, 32, dtype=torch.bfloat16))
+    inputs = attention_of(config_of(), torch.zeros(1, length, 32, dtype=torch.bfloat16))
     assert inputs.attention_mask is None and isinstance(inputs.position_bias, FoldedBias)
     assert sum(channels.numel() for channels in inputs.position_bias) <= 8 * (length + 4)
 
 
 def would_fold(config, length=LENGTH, kind="sdpa", device="cuda", dtype=torch.bfloat16, cache=None, **inputs):
-    given = {"attention_mask": None, "position_ids": None, "prefix_mask": None, "document_ids": None, **inputs}
-    embeds = torch.zeros(2, length, 0)
-    padding, positions, prefix, documents = given.values()
-    layout = lay_out(config, embeds, padding, positions, cache, prefix, documents, None)
-    return folds(layout, kind, device, dtype)
+    config._attn_implementation = kind
+    call = call_of(config, torch.zeros(2, length, 0, dtype=dtype), cache, **inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        # On CPU, if `device` may fold.
+        patch.setattr(tuning, "folding_devices", ("cpu",) if device in tuning.folding_devices else ())
+        if kind != "sdpa":
+            return attention_inputs(call).function is folded_attention_forward
+        return folds(call)
 
 
 def filled_cache(config):
@@ -260,7 +264,7 @@ DENSE = {
     "cpu": {"device": "cpu"},
     "float32": {"dtype": torch.float32},
     "eager": {"kind": "eager"},
-    "flex": {"kind": "flex"},
+    "flex": {"kind": "flex_attention"},
     "too long": {"length": 2**16 + 1},
     "too long for float16": {"dtype": torch.float16, "length": 2**13 + 1},
     "one query": {"length": 1},
@@ -313,7 +317,7 @@ def test_the_widest_head_is_folded():
 def test_a_mask_of_one_s_own_is_left_to_a_dense_bias(on_cpu):
     embeds = torch.zeros(2, LENGTH, 32, dtype=torch.bfloat16)
     mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    inputs = build_attention_inputs(config_of(), embeds, attention_mask=mask)
+    inputs = attention_of(config_of(), embeds, attention_mask=mask)
     assert inputs.position_bias is None and inputs.attention_mask.shape == (1, 4, LENGTH, LENGTH)
 
 
@@ -405,24 +409,24 @@ def test_dropout_reaches_folded_attention(on_cpu, calls):
     assert all(is_folded_call(call) for call in calls)
 
 
-def test_a_rank_of_tensor_parallelism_has_the_slopes_of_its_heads(on_cpu, monkeypatch):
+def test_a_rank_of_tensor_parallelism_has_the_slopes_of_its_heads(on_cpu):
     """Each half of the heads by itself, side by side, is the whole."""
     config = config_of("gqa")
     attention = loud_model(config).bfloat16().model.layers[0].self_attn
-    fold = fold_alibi(config, LENGTH, torch.bfloat16, torch.device("cpu"))
     states = torch.randn(2, LENGTH, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    outputs = []
+
+    def attend(heads):
+        call = call_of(config, states, heads=heads)
+        return attention(states, **attention_inputs(call).keywords)[0]
+
     attention.o_proj = torch.nn.Identity()
-    whole = attention(states, position_bias=fold)[0]
+    whole, outputs = attend(None), []
     linears = {name: getattr(attention, name).weight.detach() for name in ("q_proj", "k_proj", "v_proj")}
     for rank in (0, 1):
         for name, weight in linears.items():
             getattr(attention, name).weight = torch.nn.Parameter(weight.chunk(2)[rank])
-        monkeypatch.setattr(attention, "_first_local_head", lambda count, rank=rank: rank * count)
-        outputs.append(attention(states, position_bias=fold)[0])
+        outputs.append(attend(slice(2 * rank, 2 * rank + 2)))
     assert torch.equal(torch.cat(outputs, dim=-1), whole)
-    assert (fold.num_heads, fold.local_heads(2, 2).num_heads) == (4, 2)
-    assert torch.equal(fold.local_heads(2, 2).query, fold.query[:, 2:])
 
 
 @pytest.mark.gpu

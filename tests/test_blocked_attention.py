@@ -5,14 +5,14 @@ import collections
 
 import pytest
 import torch
+from attention_calls import attention_of
 from matrix_cases import loud_model, tiny_config
 from test_loss import LargestTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm import blocked_attention, layout, masks
-from minillm.blocked_attention import BlockedMask
-from minillm.masks import build_attention_inputs
+from minillm.blocked_attention import BlockedMask, block_size, blocked_attention_forward
+from minillm.tuning import tuning
 
 LENGTH = 300
 VARIANTS = {
@@ -76,8 +76,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_eager_at_length(variant, packed, kept, shortest, monkeypatch):
-    monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", kept)
-    monkeypatch.setattr(blocked_attention, "SHORTEST_OPEN", shortest)
+    monkeypatch.setattr(tuning, "kept_elements", kept)
+    monkeypatch.setattr(tuning, "open_block_keys", shortest)
     model, inputs = loud_model(config_of(variant)), token_batch(variant, packed)
     with CountedKernels() as counted:
         found = logits_and_gradients(model, inputs)
@@ -92,7 +92,7 @@ def key_ranges(variant, length=256, **inputs):
     embeds = torch.zeros(1, length, 32)
     config = config_of(variant)
     config._attn_implementation = "sdpa"
-    mask = build_attention_inputs(config, embeds, **inputs).attention_mask
+    mask = attention_of(config, embeds, **inputs).attention_mask
     assert isinstance(mask, BlockedMask)
     return [(parts[0].block.keys.start, parts[-1].block.keys.stop) for parts in mask.blocks]
 
@@ -116,15 +116,19 @@ def test_a_block_meets_only_the_keys_that_it_sees():
 
 
 def test_attention_that_is_short_or_plain_and_long_has_no_blocks():
-    for length, variant in ((layout.SHORT, "causal"), (256, "bidirectional"), (masks.LONGEST_PLAIN + 1, "causal")):
+    for length, variant in (
+        (tuning.blocks_from, "causal"),
+        (256, "bidirectional"),
+        (tuning.plain_blocks_up_to + 1, "causal"),
+    ):
         config = tiny_config(attention_type=variant)
         config._attn_implementation = "sdpa"
-        assert build_attention_inputs(config, torch.zeros(1, length, 32)).attention_mask is None
+        assert attention_of(config, torch.zeros(1, length, 32)).attention_mask is None
 
 
 @pytest.mark.parametrize("variant", ["prefix", "alibi", "prefix alibi", "window"])
 def test_memory_grows_with_the_length(variant, monkeypatch):
-    monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(tuning, "kept_elements", 0)
     largest = {}
     for length in (1024, 2048):
         model = loud_model(tiny_config(max_position_embeddings=2048, num_hidden_layers=1, **VARIANTS[variant]))
@@ -134,7 +138,7 @@ def test_memory_grows_with_the_length(variant, monkeypatch):
             model(ids, use_cache=False, **prefix).logits.sum().backward()
         largest[length] = watch.largest
     heads = model.config.num_attention_heads
-    assert largest[2048] <= heads * 2048 * blocked_attention.block_size(2048)
+    assert largest[2048] <= heads * 2048 * block_size(2048)
     assert largest[2048] < heads * 2048**2 / 4
 
 
@@ -151,8 +155,8 @@ def test_a_soft_cap_is_refused_and_not_ignored(length, back_end):
 @pytest.mark.parametrize("shortest", [16, 1000], ids=["in parts", "in one piece"])
 @pytest.mark.parametrize("variant", ["prefix alibi", "gqa"])
 def test_bfloat16_is_as_near_as_eager(variant, shortest, kept, monkeypatch):
-    monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", kept)
-    monkeypatch.setattr(blocked_attention, "SHORTEST_OPEN", shortest)
+    monkeypatch.setattr(tuning, "kept_elements", kept)
+    monkeypatch.setattr(tuning, "open_block_keys", shortest)
     model, inputs = loud_model(config_of(variant)), token_batch(variant, False)
     exact = logits_and_gradients(model, inputs)
     model.to(torch.bfloat16)
@@ -195,8 +199,8 @@ def attend(states, variant="prefix alibi", dropout=0.0):
     config = config_of(variant)
     config._attn_implementation = "sdpa"
     prefix = {"prefix_mask": (torch.arange(LENGTH) < 200).long()[None]} if "prefix" in variant else {}
-    mask = build_attention_inputs(config, torch.zeros(1, LENGTH, 32), **prefix).attention_mask
-    return blocked_attention.blocked_attention(*states, mask, lambda heads: heads, dropout, 0.3)
+    mask = attention_of(config, torch.zeros(1, LENGTH, 32), **prefix).attention_mask
+    return blocked_attention_forward(None, *states, mask, dropout, 0.3)[0]
 
 
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, True), (True, False, True)], ids=str)
@@ -239,8 +243,8 @@ def test_a_second_derivative_is_refused_or_right():
 @pytest.mark.parametrize("shortest", [16, 1000], ids=["in parts", "in one piece"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sdpa_itself_computes_the_same(variant, shortest, kept, monkeypatch):
-    monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", kept)
-    monkeypatch.setattr(blocked_attention, "SHORTEST_OPEN", shortest)
+    monkeypatch.setattr(tuning, "kept_elements", kept)
+    monkeypatch.setattr(tuning, "open_block_keys", shortest)
     states = qkv()
     expected = attend(states, variant)
     gradients = torch.autograd.grad(expected.square().sum(), states)
@@ -264,16 +268,16 @@ def test_a_rank_takes_its_own_heads():
     states = qkv(key_heads=4)
     config = config_of("alibi")
     config._attn_implementation = "sdpa"
-    mask = build_attention_inputs(config, torch.zeros(1, LENGTH, 32)).attention_mask
-    run = blocked_attention.blocked_attention
-    expected = run(*states, mask, lambda heads: heads, 0.0, 0.3)
-    part = [own[:, 2:] for own in states]
-    found = run(*part, mask, lambda heads: heads[:, 2:] if heads.shape[1] == 4 else heads, 0.0, 0.3)
+    mask = attention_of(config, torch.zeros(1, LENGTH, 32)).attention_mask
+    expected = blocked_attention_forward(None, *states, mask, 0.0, 0.3)[0]
+    part, heads = [own[:, 2:] for own in states], slice(2, 4)
+    mask = attention_of(config, torch.zeros(1, LENGTH, 32), heads=heads).attention_mask
+    found = blocked_attention_forward(None, *part, mask, 0.0, 0.3)[0]
     torch.testing.assert_close(found, expected[:, :, 2:])
 
 
 def test_rows_of_a_batch_may_differ(monkeypatch):
-    monkeypatch.setattr(blocked_attention, "SHORTEST_OPEN", 16)
+    monkeypatch.setattr(tuning, "open_block_keys", 16)
     ids = token_batch("causal", False)["input_ids"]
     padding = (torch.arange(LENGTH) >= torch.tensor([[0], [37]])).long()
     documents = (torch.arange(LENGTH) >= torch.tensor([[250], [90]])).long()

@@ -257,7 +257,9 @@ def test_choices_of_logits(dtype):
         mask = INDEX > 6
         assert torch.equal(model(tokens(), logits_to_keep=mask).logits, expected[mask])
         assert torch.equal(model(tokens(), logits_to_keep=mask[0]).logits, expected[:, mask[0]])
-        assert torch.equal(model(tokens(), logits_to_keep=torch.tensor([-1])).logits, expected[:, -1:])
+        # A product of fewer rows may add in another order.
+        last = model(tokens(), logits_to_keep=torch.tensor([-1])).logits
+        torch.testing.assert_close(last, expected[:, -1:])
 
 
 TEXT_LABELS = [

@@ -1,6 +1,10 @@
 """Engines that lay the tokens of several requests in one row: they keep them apart by themselves, and what they cannot
 serve is refused when the model is loaded, never in a running batch."""
 
+import ast
+import inspect
+import textwrap
+
 import pytest
 import torch
 from matrix_cases import POSITIONS, assert_close, loud_model, tiny_config
@@ -16,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from variant_cases import tokens
 
 from minillm import MiniLLMForCausalLM
+from minillm.attention import MiniLLMAttention
 from minillm.capabilities import refusal
 
 BOUNDS = [(0, 3), (3, 4), (4, 10)]
@@ -153,3 +158,44 @@ def test_document_ids_are_refused_by_an_engine(engine):
     model.set_attn_implementation(engine)
     with pytest.raises(ValueError, match="documents"):
         model(tokens(), document_ids=torch.zeros(2, 10, dtype=torch.long))
+
+
+def test_vllm_finds_the_call_of_attention_by_its_text():
+    """vLLM's transformers back end reads the forward as text: exactly one call of a name that was assigned from
+    `ALL_ATTENTION_FUNCTIONS`, whose `scaling` is an attribute of the module; else it refuses to load the model."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(MiniLLMAttention.forward)))
+    names = {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assert len(names) == 1
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+    ]
+    assert len(calls) == 1
+    scaling = [keyword.value for keyword in calls[0].keywords if keyword.arg == "scaling"]
+    assert [ast.unparse(each) for each in scaling] == ["self.scaling"]
+    attention = MiniLLMForCausalLM(tiny_config()).model.layers[0].self_attn
+    assert isinstance(attention.scaling, float) and isinstance(attention.layer_idx, int)
+
+
+def test_a_layer_by_itself_asks_for_the_back_end_of_the_config():
+    """As vLLM, which traces it, and tests of transformers call it."""
+    model = loud_model(tiny_config()).eval()
+    states = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    attention, positions = model.model.layers[0].self_attn, torch.arange(5)[None]
+    rotary = model.model.rotary_emb(states, positions)
+    assert rotary[0].shape == rotary[1].shape == (1, 5, 8)
+    visible = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    outputs = []
+    for back_end in ("eager", "sdpa"):
+        model.set_attn_implementation(back_end)
+        outputs.append(attention(states, attention_mask=visible, position_embeddings=rotary))
+    torch.testing.assert_close(outputs[0][0], outputs[1][0])
+    assert outputs[0][1].shape == (1, 4, 5, 5) and outputs[1][1] is None

@@ -7,6 +7,7 @@ evaluates mask and score functions for every pair. The compiled forward is a slo
 import pytest
 import torch
 import transformers.integrations.flex_attention as stock
+from attention_calls import attention_of
 from matrix_cases import (
     LAYOUTS,
     POSITIONS,
@@ -26,8 +27,7 @@ from reference import reference_logits
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import DynamicCache
 
-from minillm.masks import build_attention_inputs
-from minillm.positions import PositionBias
+from minillm.position_bias import PositionBias
 
 ALIBI = {"position_embedding_type": "alibi"}
 PREFIX = {"attention_type": "prefix"}
@@ -101,7 +101,7 @@ def test_no_square_of_the_length_is_made(case):
     """Neither mask nor bias holds a number for each pair of tokens, but for the blocks of 128 x 128."""
     length = 700
     config = tiny_config(attn_implementation="flex_attention", max_position_embeddings=length, **CASES[case])
-    inputs = build_attention_inputs(config, torch.zeros(1, length, config.hidden_size))
+    inputs = attention_of(config, torch.zeros(1, length, config.hidden_size))
     held = [tensor for tensor in vars(inputs.attention_mask).values() if isinstance(tensor, torch.Tensor)]
     if config.position_embedding_type in ("alibi", "sandwich"):
         assert isinstance(inputs.position_bias, PositionBias)

@@ -7,7 +7,7 @@ from reference import reference_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from variant_cases import GENERATIVE, VARIANTS, inputs_of, model_of, tokens
 
-import minillm.layout
+import minillm.tokens
 
 ROPE = {"rope_theta": 100.0, "factor": 2.0}
 BY_LENGTH = {
@@ -154,7 +154,7 @@ ZEROS = torch.tensor([[0, 1, 2, 3, 0, 0, 0, 0]])
 @pytest.fixture
 def warnings_of(monkeypatch):
     told = []
-    monkeypatch.setattr(minillm.layout.logger, "warning_once", lambda message: told.append(message))
+    monkeypatch.setattr(minillm.tokens.logger, "warning_once", lambda message: told.append(message))
 
     def run(model, **inputs):
         told.clear()

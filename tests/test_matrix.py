@@ -28,7 +28,7 @@ from matrix_cases import (
 from reference import describe_rows, reference_logits
 
 from minillm import blocked_attention
-from minillm import layout as minillm_layout
+from minillm.tuning import tuning
 
 BACK_ENDS = ("eager", "sdpa")
 CASES = dict(attention_cases())
@@ -39,9 +39,9 @@ def in_blocks(monkeypatch):
     """Has attention on CPU run in blocks of so many queries, whose masks are kept, or made anew for each layer."""
 
     def switch(size, kept):
-        monkeypatch.setattr(minillm_layout, "SHORT", size)
+        monkeypatch.setattr(tuning, "blocks_from", size)
         monkeypatch.setattr(blocked_attention, "block_size", lambda length: size)
-        monkeypatch.setattr(blocked_attention, "KEPT_ELEMENTS", 2**26 if kept else 0)
+        monkeypatch.setattr(tuning, "kept_elements", 2**26 if kept else 0)
 
     return switch
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_calls import attention_of
 from fill_cases import WordTokenizer, fill_model
 from matrix_cases import VOCAB, batch, loud_model, real_tokens, tiny_config
 from precision_cases import SEED, assert_rounded_once, each_half, randn
@@ -22,8 +23,8 @@ from minillm.attention import eager_attention_forward
 from minillm.evaluation.perplexity import token_nll
 from minillm.feed_forward import MiniLLMExperts, MiniLLMRouter
 from minillm.loss import linear_cross_entropy, load_balancing_loss
-from minillm.masks import build_attention_inputs
 from minillm.positions import POSITION_BIASES
+from minillm.tuning import tuning
 
 
 @each_half
@@ -52,18 +53,18 @@ def test_eager_softmax_and_its_gradient(dtype):
 @each_half
 @pytest.mark.parametrize("scheme", ["sandwich", "alibi"])
 def test_attention_in_blocks_keeps_the_digits_of_its_bias(scheme, dtype, monkeypatch):
-    monkeypatch.setattr(blocked_attention, "SHORTEST_OPEN", 16)
+    monkeypatch.setattr(tuning, "open_block_keys", 16)
     length, heads = 1500, 2
     fields = {"sandwich": {"sandwich_dim": 64}, "alibi": {}}[scheme]
     sizes = {"num_attention_heads": heads, "max_position_embeddings": length}
     config = tiny_config(position_embedding_type=scheme, **sizes, **fields)
     config._attn_implementation = "sdpa"
-    mask = build_attention_inputs(config, torch.zeros(1, length, 32, dtype=dtype)).attention_mask
+    mask = attention_of(config, torch.zeros(1, length, 32, dtype=dtype)).attention_mask
     assert isinstance(mask, blocked_attention.BlockedMask)
     # The bias alone makes the scores.
     query = torch.zeros(1, heads, length, 8, dtype=dtype)
     value = randn(1, heads, length, 8, dtype=dtype).requires_grad_()
-    found = blocked_attention.blocked_attention(query, query, value, mask, lambda part: part, 0.0, 0.3)
+    found = blocked_attention.blocked_attention_forward(None, query, query, value, mask, 0.0, 0.3)[0]
     positions = torch.arange(length)[None]
     bias = POSITION_BIASES[scheme](config, positions, positions, dtype).dense().double()
     visible = torch.ones(length, length, dtype=torch.bool).tril()

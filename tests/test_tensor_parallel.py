@@ -4,6 +4,7 @@ feed-forward, and ALiBi's slopes must be those of its own heads."""
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from matrix_cases import rows
 from transformers import LlamaConfig, LlamaForCausalLM
 from variant_cases import SIZES, inputs_of, make_loud, model_of
+
+from minillm.tuning import tuning
 
 SCRIPT = Path(__file__).with_name("tensor_parallel.py")
 MASK = rows("1111111111", "0001111111")
@@ -41,6 +44,19 @@ def inputs_for(config):
     return {**inputs_of(config, prefix_length=6), "attention_mask": MASK}
 
 
+def own_mask_for(config):
+    """Another additive mask for each head."""
+    noise = torch.randn(2, config.num_attention_heads, 10, 10, generator=torch.Generator().manual_seed(5))
+    return noise.masked_fill(~torch.ones(10, 10, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)
+
+
+@contextmanager
+def tuned(name, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, name, value)
+        yield
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """What either process found, by model: one launch serves all of them."""
@@ -48,7 +64,8 @@ def both(tmp_path_factory):
     for name in MODELS:
         model = build(name)
         model.save_pretrained(root / name)
-        torch.save(inputs_for(model.config), root / name / "inputs.pt")
+        inputs = {**inputs_for(model.config), "own_mask": own_mask_for(model.config)}
+        torch.save(inputs, root / name / "inputs.pt")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(SCRIPT), str(root)],
@@ -76,6 +93,33 @@ def test_logits_equal_those_of_one_process(both, name):
     for rank, found in enumerate(both[name]):
         for back_end in ("sdpa", "eager", "flex_attention"):
             close(found[back_end][real], expected[real], f"{back_end}, rank {rank}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_form_of_a_mask_has_the_heads_of_its_rank(both, name):
+    model = build(name)
+    inputs, real = inputs_for(model.config), MASK.bool()
+    own = model(inputs["input_ids"], own_mask_for(model.config), use_cache=False).logits
+    plain = model(**inputs, use_cache=False).logits
+    for found in both[name]:
+        for back_end in ("sdpa", "eager"):
+            close(found[f"own mask, {back_end}"], own, back_end)
+        close(found["blocks"][real], plain[real], "in blocks")
+        # FSDP's shards are no heads.
+        close(found["fsdp"][real], plain[real], "fully sharded")
+
+
+@pytest.mark.parametrize("name", ["alibi", "prefix_alibi"])
+@torch.no_grad()
+def test_folded_alibi_has_the_slopes_of_its_rank(both, name):
+    model = build(name).bfloat16()
+    inputs = inputs_for(model.config)
+    with tuned("folding_devices", ("cpu",)):
+        expected = model(inputs["input_ids"], use_cache=False).logits
+    for found in both[name]:
+        # Sums over the halves of the heads are rounded once more.
+        assert (found["folded"] - expected).abs().max() <= 0.03 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from variant_cases import tokens
 
 from minillm import blocked_attention
-from minillm import layout as minillm_layout
+from minillm.tuning import tuning
 
 ATTENTION_TYPES = ("causal", "prefix", "bidirectional")
 
@@ -41,7 +41,7 @@ def test_a_window_beyond_every_index_is_none(attention_type, window, monkeypatch
     )
     for back_end in ("eager", "sdpa", "blocks"):
         if back_end == "blocks":
-            monkeypatch.setattr(minillm_layout, "SHORT", 3)
+            monkeypatch.setattr(tuning, "blocks_from", 3)
             monkeypatch.setattr(blocked_attention, "block_size", lambda length: 3)
         for model in (wide, plain):
             model.set_attn_implementation("eager" if back_end == "eager" else "sdpa")
