@@ -21,7 +21,16 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "modeling_minillm" / "vers
 TRAIN = ["datasets>=3.0", "matplotlib>=3.8"]
 EVAL = ["lm-eval>=0.4.9"]
 GGUF = ["gguf>=0.17"]
-TEST = [*TRAIN, *GGUF, "pytest>=8", "pytest-xdist>=3.6", "optimum-quanto>=0.2.7", "trl>=1.0"]
+TEST = [
+    *TRAIN,
+    *GGUF,
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "optimum-quanto>=0.2.7",
+    "trl>=1.0",
+    "onnxscript>=0.5",
+    "onnxruntime>=1.22",
+]
 
 setup(
     name="minillm-hf",

@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_tracing
 
 from minillm.capabilities import check, kind_of
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.prompts import document_starts, last_before, previous
+from minillm.prompts import document_starts, last_before, previous, running_max
 
 ASSERTING_DEVICES = ("cpu", "cuda")
 # They repeat `position_ids` or the cache's own length, or concern only the loss.
@@ -171,9 +171,9 @@ def check_own_mask(mask: torch.Tensor | BlockMask, batch: int, heads: int, queri
 
 def check_window(real: torch.Tensor) -> None:
     """Refuses padding between real tokens [B, slots]: a window counts slots, in which such padding would count too."""
-    starts = real[:, 1:] & ~real[:, :-1]
+    starts = real.long() * (1 - previous(real.long(), 0))
     require(
-        starts.sum(-1) + real[:, 0] <= 1,
+        starts.sum(-1) <= 1,
         "`attention_mask` has padding between real tokens, which a `sliding_window` would count: pad on one side "
         "only, run each row by itself, or use a model with `sliding_window=None`",
     )
@@ -219,7 +219,7 @@ def check_prompts(blocks: torch.Tensor, real: torch.Tensor | None, documents: to
         number = document_starts(documents).long().cumsum(-1)
     # One key that rises over the documents of a row, and over the prompts of each.
     key = torch.where(real, number * (blocks.max() + 1) + blocks, -1)
-    seen = previous(key.cummax(-1).values, -1)
+    seen = previous(running_max(key), -1)
     goes_on = ~is_first & (blocks.gather(1, before) == blocks)
     require(
         (blocks == 0) | ~real | goes_on | (key > seen),

@@ -83,7 +83,9 @@ class Geometry(NamedTuple):
         """The columns of the keys; slots beyond the given ones (unwritten places of a fixed-size cache) are 0."""
         if self.fixed_size:
             per_slot = F.pad(per_slot, (0, max(0, self.key_length + self.key_offset - per_slot.shape[1])))
-        return per_slot[:, self.key_offset : self.key_offset + self.key_length]
+            return per_slot[:, self.key_offset : self.key_offset + self.key_length]
+        # The last slot is that of the last key.
+        return per_slot[:, self.key_offset :]
 
     def new_at_keys(self, per_token: torch.Tensor) -> torch.Tensor:
         """Spreads values of the new tokens [B or 1, Q] over the keys [B or 1, K]; cached and unwritten keys get 0."""

@@ -16,6 +16,16 @@ def previous(values: torch.Tensor, first: int) -> torch.Tensor:
     return torch.nn.functional.pad(values, (1, 0), value=first)[:, :-1]
 
 
+def running_max(values: torch.Tensor) -> torch.Tensor:
+    """The largest of [B, L] up to each, in the order of L."""
+    if not torch.compiler.is_exporting():
+        return values.cummax(-1).values
+    # ONNX has no `cummax`. The order is that of the mask, which an exported graph holds anyway: [B, L, L].
+    index = torch.arange(values.shape[1], device=values.device)
+    hidden = torch.iinfo(values.dtype).min
+    return torch.where(index[:, None] >= index, values[:, None, :], hidden).amax(-1)
+
+
 def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
     """Where documents [B, L] begin, as booleans, for numbers above the least int64."""
     return document_ids != previous(document_ids, torch.iinfo(torch.int64).min)
@@ -25,7 +35,7 @@ def last_before(real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each token of a boolean mask [B, L]: the index of the last True before it (0 if there is none), and whether
     there is none."""
     index = torch.arange(real.shape[1], device=real.device).expand_as(real)
-    last = torch.where(real, index, -1).cummax(-1).values
+    last = running_max(torch.where(real, index, -1))
     before = previous(last, -1)
     return before.clamp(min=0), before < 0
 
@@ -85,5 +95,5 @@ def number_prompts(
     starts = (mask * real > 0) & (is_first | (mask.gather(1, before) == 0))
     count = starts.long().cumsum(-1)
     # What earlier documents counted: the value before the last first token.
-    earlier = torch.where(is_first & real, count - starts.long(), 0).cummax(-1).values
+    earlier = running_max(torch.where(is_first & real, count - starts.long(), 0))
     return (count - earlier) * mask * real

@@ -23,7 +23,7 @@ from minillm.checks import (
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.geometry import Geometry
 from minillm.positions import POSITION_TABLES
-from minillm.prompts import document_starts
+from minillm.prompts import document_starts, running_max
 
 logger = logging.get_logger(__name__)
 
@@ -138,8 +138,7 @@ def read_documents(
         lengths = (geometry.query_length,)
         require_shape("document_ids", given.document_ids, geometry.batch, lengths, "the tokens that go in")
         documents = given.document_ids.to(geometry.device, torch.int64)
-        running = documents if real_new is None else torch.where(real_new, documents, LOWEST)
-        running = running.cummax(-1).values
+        running = running_max(documents if real_new is None else torch.where(real_new, documents, LOWEST))
         check_documents(documents, running, real_new, geometry.query_offset)
         return running, None
     alone = given.attention_mask is None and given.block_position_ids is None
@@ -188,7 +187,7 @@ def count_positions(
     counted = torch.ones_like(documents) if real_new is None else real_new.long()
     count = counted.cumsum(-1) - counted
     starts = document_starts(documents).expand_as(count)
-    return (count - torch.where(starts, count, 0).cummax(-1).values).clamp(min=0)
+    return (count - running_max(torch.where(starts, count, 0))).clamp(min=0)
 
 
 def positions_of_keys(geometry: Geometry, tokens: Tokens) -> torch.Tensor:

@@ -1,0 +1,194 @@
+"""One graph for batches and texts of any size: compiled or exported on one shape, equal to eager on others."""
+
+import onnxruntime
+import pytest
+import torch
+from torch.export import Dim
+from transformers import DynamicCache, GenerationConfig
+from transformers.integrations.executorch import convert_and_export_with_cache
+from variant_cases import VARIANTS, config_of, inputs_of, make_loud, tokens
+
+from minillm import MiniLLMForCausalLM
+
+ROPE = {"rope_theta": 100.0, "factor": 4.0}
+LONGROPE = {"original_max_position_embeddings": 16, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+BY_LENGTH = {
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", **ROPE}, "max_position_embeddings": 16},
+    "longrope": {"rope_parameters": {"rope_type": "longrope", **ROPE, **LONGROPE}, "head_dim": 8},
+}
+NAMES = [*VARIANTS, *BY_LENGTH]
+GENERATIVE = [name for name in NAMES if name != "bidirectional"]
+SHAPES = [(3, 200), (1, 9)]
+"""The first is longer than what attention on CPU takes in one block."""
+
+
+def build(name):
+    torch.manual_seed(0)
+    fields = {"max_position_embeddings": 256, **BY_LENGTH.get(name, {})}
+    return make_loud(MiniLLMForCausalLM(config_of("causal_rope" if name in BY_LENGTH else name, **fields)))
+
+
+def plain(config, batch, length):
+    return {"input_ids": tokens(batch, length)}
+
+
+def padded(config, batch, length):
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, : length // 4] = 0
+    inputs = inputs_of(config, prefix_length=length // 2, batch=batch, length=length)
+    return {**{name: part.contiguous() for name, part in inputs.items()}, "attention_mask": mask}
+
+
+def packed(config, batch, length):
+    documents = (torch.arange(length) > length // 2).long().expand(batch, -1).contiguous()
+    inputs = inputs_of(config, prefix_length=length // 4, batch=batch, length=length)
+    inputs.pop("block_position_ids", None)
+    return {**{name: part.contiguous() for name, part in inputs.items()}, "document_ids": documents}
+
+
+def packed_by_positions(config, batch, length):
+    positions = torch.arange(length) % (length // 2)
+    return {"input_ids": tokens(batch, length), "position_ids": positions.expand(batch, -1).contiguous()}
+
+
+EVERY_KIND = ("causal_rope", "prefix_alibi", "window_gqa")
+CASES = [(name, kind) for name in NAMES for kind in (padded, packed)]
+CASES += [(name, kind) for name in EVERY_KIND for kind in (plain, packed_by_positions)]
+
+
+def each_case(*quick):
+    """Every case, of which all but the `quick` ones are slow."""
+    return pytest.mark.parametrize(
+        ("name", "kind"),
+        [pytest.param(*case, marks=[] if case in quick else [pytest.mark.slow]) for case in CASES],
+        ids=lambda part: part if isinstance(part, str) else part.__name__,
+    )
+
+
+@torch.no_grad()
+def assert_equals_eager(model, kind, run, shapes=SHAPES):
+    """`run` gets the inputs by name, and returns the logits [batch, length, vocabulary]."""
+    for shape in shapes:
+        inputs = kind(model.config, *shape)
+        real = inputs.get("attention_mask", torch.ones(*shape)).bool()
+        expected = model(**inputs, use_cache=False).logits[real]
+        torch.testing.assert_close(run(inputs)[real], expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+
+
+def dynamic(names):
+    # The same symbols for all inputs.
+    batch, length = Dim("batch", min=1, max=8), Dim("length", min=2, max=256)
+    return {name: {0: batch, 1: length} for name in names}
+
+
+@each_case(("prefix_alibi", packed))
+def test_compiled(name, kind):
+    model, graphs = build(name), []
+    torch.compiler.reset()
+
+    def counted(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=counted, fullgraph=True, dynamic=True)
+    shapes = [(2, 24), SHAPES[0], (4, 31)]
+    assert_equals_eager(model, kind, lambda inputs: compiled(**inputs, use_cache=False).logits, shapes)
+    # Short texts may be worked through otherwise where a window hides nothing of them.
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@each_case(("causal_rope", padded), ("prefix_alibi", packed))
+def test_exported(name, kind, strict):
+    model = build(name)
+    inputs = kind(model.config, 2, 24)
+    shapes = {**dynamic(inputs), "use_cache": None}
+    exported = torch.export.export(model, (), {**inputs, "use_cache": False}, dynamic_shapes=shapes, strict=strict)
+    module = exported.module()
+    assert_equals_eager(model, kind, lambda inputs: module(**inputs, use_cache=False).logits)
+
+
+class Logits(torch.nn.Module):
+    """What an ONNX file takes and gives: tensors by position."""
+
+    def __init__(self, model, names):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs):
+        return self.model(**dict(zip(self.names, inputs, strict=True)), use_cache=False).logits
+
+
+@each_case(("prefix_alibi", packed))
+def test_onnx(name, kind, tmp_path):
+    model = build(name)
+    inputs = kind(model.config, 2, 24)
+    program = torch.onnx.export(
+        Logits(model, list(inputs)).eval(),
+        tuple(inputs.values()),
+        dynamo=True,
+        dynamic_shapes=(tuple(dynamic(inputs).values()),),
+        input_names=list(inputs),
+        output_names=["logits"],
+        verbose=False,
+    )
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+
+    def run(inputs):
+        return torch.from_numpy(session.run(None, {name: part.numpy() for name, part in inputs.items()})[0])
+
+    assert_equals_eager(model, kind, run)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "causal_alibi" else [pytest.mark.slow]) for name in GENERATIVE]
+)
+@torch.no_grad()
+def test_exported_with_a_static_cache(name):
+    model, length = build(name), 20
+    cache = {"batch_size": 1, "max_cache_len": 32, "device": "cpu"}
+    model.generation_config = GenerationConfig(
+        use_cache=True, cache_implementation="static", max_length=32, cache_config=cache
+    )
+    step = convert_and_export_with_cache(model).module()
+    ids = tokens(1, length)
+    got = [step(input_ids=ids[:, at : at + 1], cache_position=torch.tensor([at])) for at in range(length)]
+    past, expected = None, []
+    for at in range(length):
+        output = model(ids[:, at : at + 1], past_key_values=past, use_cache=True)
+        past = output.past_key_values if hasattr(output, "past_key_values") else output.cache
+        expected.append(output.logits)
+    expected = torch.cat(expected, 1)
+    torch.testing.assert_close(torch.cat(got, 1), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "prefix_alibi" else [pytest.mark.slow]) for name in GENERATIVE]
+)
+@torch.no_grad()
+def test_steps_of_decoding_share_a_graph(name):
+    """The first step and one for every later length, padded rows included."""
+    model, graphs, caches = build(name), [], []
+    torch.compiler.reset()
+
+    def counted(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=counted, fullgraph=True)
+    ids = tokens(2, 14)
+    mask = torch.ones_like(ids)
+    if model.config.sliding_window is None:
+        mask[0, :2] = 0
+    for _ in range(2):
+        caches.append(DynamicCache(config=model.config))
+        model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=caches[-1], use_cache=True)
+    for end in range(6, 15):
+        inputs = {"input_ids": ids[:, end - 1 : end], "attention_mask": mask[:, :end].contiguous(), "use_cache": True}
+        expected = model(**inputs, past_key_values=caches[0]).logits
+        got = compiled(**inputs, past_key_values=caches[1]).logits
+        torch.testing.assert_close(got, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    assert len(graphs) <= 2
+    torch.compiler.reset()
