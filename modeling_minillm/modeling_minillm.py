@@ -46,7 +46,6 @@ from minillm.checks import (
     read_text_labels,
 )
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.decoding import MiniLLMDecodingMixin
 from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
 from minillm.head import MiniLLMHeadMixin, build_head
@@ -227,7 +226,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         if prefix_mask is None and fields["attention_type"] == "prefix" and not is_tracing(inputs_embeds):
             self._warn_without_prefix(inputs_embeds.shape[1], attention_mask, cache)
         if use_cache and cache is None:
-            cache = with_room(DynamicCache(config=self.config))
+            cache = DynamicCache(config=self.config)
+        with_room(cache)
         attention = build_attention_inputs(
             self.config,
             inputs_embeds,
@@ -339,7 +339,6 @@ class MiniLLMForCausalLM(
     MiniLLMHeadMixin,
     MiniLLMPreTrainedModel,
     MiniLLMInfillingMixin,
-    MiniLLMDecodingMixin,
     MiniLLMGenerationMixin,
     GenerationMixin,
 ):
