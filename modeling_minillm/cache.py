@@ -150,7 +150,10 @@ def with_room(cache: Cache | None) -> Cache | None:
     A cache that holds tokens, a subclass, and layers of other kinds, or offloaded ones, stay what they are. So does a
     cache in a graph of a compiler, which joins in any case.
     """
-    if type(cache) is not DynamicCache or cache.offloading or torch.compiler.is_compiling() or cache.get_seq_length():
+    # First what a step of decoding meets, so that it pays next to nothing.
+    if type(cache) is not DynamicCache or (cache.layers and type(cache.layers[0]) is GrowingLayer):
+        return cache
+    if torch.compiler.is_compiling() or cache.offloading or cache.get_seq_length():
         return cache
     # Without a config the cache makes its layers as they are needed.
     if cache.layer_class_to_replicate is DynamicLayer:

@@ -293,7 +293,6 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
 
     def _check_call(self, kwargs: dict[str, Any], cache: Cache | None, paged: bool) -> None:
         """Refuses what this variant, or the chosen back end, would silently ignore."""
-        implementation = self.config._attn_implementation
         if paged:
             check(self.config, "paged")
         else:
@@ -311,19 +310,19 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 f"`is_causal={kwargs['is_causal']}` with `attention_type={self.config.attention_type!r}`: who sees "
                 "whom is a matter of the config; set `attention_type`"
             )
-        if kwargs.get("softcap") is not None and kind_of(implementation) in ("eager", "sdpa"):
+        softcap = kwargs.get("softcap")
+        if softcap is not None and kind_of(self.config._attn_implementation) in ("eager", "sdpa"):
             raise ValueError(
-                f"`softcap={kwargs['softcap']}` with attn_implementation={implementation!r}, which does not read it: "
-                "leave it out or use 'flex_attention'"
+                f"`softcap={softcap}` with attn_implementation={self.config._attn_implementation!r}, which does not "
+                "read it: leave it out or use 'flex_attention'"
             )
         wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        if wants_attentions and implementation != "eager":
+        if wants_attentions and self.config._attn_implementation != "eager":
             raise ValueError(
-                f"`output_attentions=True` with attn_implementation={implementation!r}, which returns no "
-                "probabilities: load the model with attn_implementation='eager'"
+                f"`output_attentions=True` with attn_implementation={self.config._attn_implementation!r}, which "
+                "returns no probabilities: load the model with attn_implementation='eager'"
             )
-        wants_router = kwargs.get("output_router_logits", self.config.output_router_logits)
-        if wants_router and fields["mlp_type"] != "moe":
+        if kwargs.get("output_router_logits", fields["output_router_logits"]) and fields["mlp_type"] != "moe":
             raise ValueError(
                 f"`output_router_logits=True` with `mlp_type={self.config.mlp_type!r}`, which has no router: "
                 "leave it out or set `mlp_type='moe'`"
