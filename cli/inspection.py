@@ -101,7 +101,7 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
     generates = config.attention_type != "bidirectional"
     grows = (
         f"with room for tokens to come, from {-(-LEAST_GROWING // (config.num_key_value_heads * config.head_dim)):,} "
-        "tokens a batch on, if generate() or forward makes it (off: minillm.cache.LEAST_GROWING = 2**62)"
+        "tokens a batch on, in an empty DynamicCache (off: minillm.cache.LEAST_GROWING = 2**62)"
     )
     return {
         "loss": loss[config.skip_logits],
@@ -109,9 +109,6 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
         "attention in training": attention if hides else "whole",
         **({"attention on cuda": folded} if is_foldable(config) else {}),
         **({"growth of the cache": grows} if generates and config.sliding_window is None else {}),
-        "decoding": "own loop where nothing needs that of transformers (off: use_cache=False)"
-        if generates
-        else "none",
     }
 
 

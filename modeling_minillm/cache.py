@@ -5,7 +5,7 @@ copies. `DynamicCache` itself is kept, and with it what transformers does by its
 """
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -145,7 +145,18 @@ class GrowingLayer(DynamicLayer):
 
 
 def with_room(cache: Cache | None) -> Cache | None:
-    """Gives the plain layers of a new cache room to grow; those of other kinds, or offloaded ones, stay."""
-    if cache is not None and not cache.offloading:
-        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    """Gives the plain layers of an empty `DynamicCache` room to grow; returns the cache, whatever it is.
+
+    A cache that holds tokens, a subclass, and layers of other kinds, or offloaded ones, stay what they are. So does a
+    cache in a graph of a compiler, which joins in any case.
+    """
+    # First what a step of decoding meets, so that it pays next to nothing.
+    if type(cache) is not DynamicCache or (cache.layers and type(cache.layers[0]) is GrowingLayer):
+        return cache
+    if torch.compiler.is_compiling() or cache.offloading or cache.get_seq_length():
+        return cache
+    # Without a config the cache makes its layers as they are needed.
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -330,7 +330,6 @@ def check_cache(cache: Cache | None) -> None:
 
 def check_call(config: MiniLLMConfig, kwargs: dict[str, Any], cache: Cache | None, paged: bool) -> None:
     """Refuses what this variant, or the chosen back end, would silently ignore."""
-    implementation = config._attn_implementation
     if paged:
         check(config, "paged")
     else:
@@ -348,19 +347,19 @@ def check_call(config: MiniLLMConfig, kwargs: dict[str, Any], cache: Cache | Non
             f"`is_causal={kwargs['is_causal']}` with `attention_type={config.attention_type!r}`: who sees "
             "whom is a matter of the config; set `attention_type`"
         )
-    if kwargs.get("softcap") is not None and kind_of(implementation) in ("eager", "sdpa"):
+    softcap = kwargs.get("softcap")
+    if softcap is not None and kind_of(config._attn_implementation) in ("eager", "sdpa"):
         raise ValueError(
-            f"`softcap={kwargs['softcap']}` with attn_implementation={implementation!r}, which does not read it: "
+            f"`softcap={softcap}` with attn_implementation={config._attn_implementation!r}, which does not read it: "
             "leave it out or use 'flex_attention'"
         )
     wants_attentions = kwargs.get("output_attentions", config.output_attentions)
-    if wants_attentions and implementation != "eager":
+    if wants_attentions and config._attn_implementation != "eager":
         raise ValueError(
-            f"`output_attentions=True` with attn_implementation={implementation!r}, which returns no "
+            f"`output_attentions=True` with attn_implementation={config._attn_implementation!r}, which returns no "
             "probabilities: load the model with attn_implementation='eager'"
         )
-    wants_router = kwargs.get("output_router_logits", config.output_router_logits)
-    if wants_router and fields["mlp_type"] != "moe":
+    if kwargs.get("output_router_logits", fields["output_router_logits"]) and fields["mlp_type"] != "moe":
         raise ValueError(
             f"`output_router_logits=True` with `mlp_type={config.mlp_type!r}`, which has no router: "
             "leave it out or set `mlp_type='moe'`"

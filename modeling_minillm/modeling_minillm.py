@@ -48,7 +48,6 @@ from minillm.checks import (
     read_text_labels,
 )
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.decoding import MiniLLMDecodingMixin
 from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
 from minillm.geometry import read_geometry
@@ -211,7 +210,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         if prefix_mask is None and fields["attention_type"] == "prefix" and not is_tracing(inputs_embeds):
             self._warn_without_prefix(inputs_embeds.shape[1], attention_mask, cache)
         if use_cache and cache is None:
-            cache = with_room(DynamicCache(config=self.config))
+            cache = DynamicCache(config=self.config)
+        with_room(cache)
         # A paged cache brings its own mask and positions.
         known_cache = None if paged else cache
         geometry = read_geometry(self.config, inputs_embeds, known_cache)
@@ -283,7 +283,6 @@ class MiniLLMForCausalLM(
     MiniLLMHeadMixin,
     MiniLLMPreTrainedModel,
     MiniLLMInfillingMixin,
-    MiniLLMDecodingMixin,
     MiniLLMGenerationMixin,
     GenerationMixin,
 ):

@@ -369,6 +369,16 @@ def test_window(scheme, cache):
     assert answers.tolist() == expected
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_experts(cache):
+    model = build("prefix", "rope", mlp_type="moe", num_local_experts=4)
+    ids, mask = prompts()
+    with torch.no_grad():
+        expected = reference_greedy(model.config, double_weights(model), ids, mask, mask, max_new_tokens=NEW)
+    answers = model.generate(ids, attention_mask=mask, **GREEDY, **CACHES[cache])[:, ids.shape[1] :]
+    assert answers.tolist() == expected
+
+
 def test_runs_past_max_position_embeddings_with_alibi():
     model = build("prefix", "alibi", max_position_embeddings=8)
     ids, mask = prompts()

@@ -3,13 +3,14 @@
 import copy
 import pickle
 import random
+import types
 import weakref
 
 import pytest
 import torch
 from matrix_cases import loud_model, tiny_config
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import minillm.cache
 from minillm.cache import GrowingLayer, with_room
@@ -267,26 +268,121 @@ def test_generates_the_same_text(variant, way, back_end, monkeypatch):
     assert torch.equal(found, model.generate(ids, attention_mask=torch.ones_like(ids), **options))
 
 
+def kinds_of(cache):
+    return {type(layer) for layer in cache.layers}
+
+
+class OwnCache(DynamicCache):
+    """Somebody's own, which may do anything with its layers."""
+
+
+class OwnLayer(DynamicLayer):
+    """Somebody's own."""
+
+
+def of_seven_tokens(cache):
+    """The cache, filled for the two layers of `tiny_config`."""
+    config = tiny_config()
+    for index in range(2):
+        cache.update(*torch.randn(2, 2, config.num_key_value_heads, 7, config.head_dim), index)
+    return cache
+
+
+def with_second_layer(layer):
+    cache = DynamicCache(config=tiny_config())
+    cache.layers[1] = layer
+    return cache
+
+
 def test_which_caches_get_room(monkeypatch):
     windowed = loud_model(tiny_config(sliding_window=4))
     model = loud_model(tiny_config())
     ids = torch.full((1, 3), 5)
-    kinds = {type(layer) for layer in model(ids, use_cache=True).past_key_values.layers}
-    assert kinds == {GrowingLayer}
-    assert GrowingLayer not in {type(layer) for layer in windowed(ids, use_cache=True).past_key_values.layers}
+    assert kinds_of(model(ids, use_cache=True).past_key_values) == {GrowingLayer}
+    assert GrowingLayer not in kinds_of(windowed(ids, use_cache=True).past_key_values)
+    own = {"with config": DynamicCache(config=model.config), "without": DynamicCache()}
+    for cache in own.values():
+        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, past_key_values=cache)
+        assert type(cache) is DynamicCache
+        assert kinds_of(cache) == {GrowingLayer}
+        assert all(layer.room is not None for layer in cache.layers)
     used = layers_used(monkeypatch)
-    own = DynamicCache(config=model.config)
-    for options in (
-        {"past_key_values": own},
-        {"cache_implementation": "static"},
-        {"use_cache": False},
-    ):
+    for options in ({"cache_implementation": "static"}, {"use_cache": False}, {"past_key_values": OwnCache()}):
         model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, **options)
     assert not used
-    assert {type(layer) for layer in own.layers} == {DynamicLayer}
-    offloaded = DynamicCache(config=model.config)
+
+
+def test_what_is_not_an_empty_cache_stays():
+    offloaded = DynamicCache(config=tiny_config())
     offloaded.offloading = True
-    assert {type(layer) for layer in with_room(offloaded).layers} == {DynamicLayer}
+    static = StaticCache(config=tiny_config(), max_cache_len=4)
+    for cache in (offloaded, static, OwnCache(config=tiny_config()), of_seven_tokens(DynamicCache()), OwnCache()):
+        before, made = list(cache.layers), cache.layer_class_to_replicate
+        assert with_room(cache) is cache
+        assert list(map(id, cache.layers)) == list(map(id, before))
+        assert cache.layer_class_to_replicate is made
+    assert with_room(None) is None
+    for other in (DynamicSlidingWindowLayer(sliding_window=3), OwnLayer(), GrowingLayer()):
+        cache = with_room(with_second_layer(other))
+        assert type(cache.layers[0]) is GrowingLayer
+        assert cache.layers[1] is other
+    paged = types.SimpleNamespace(layers=None)
+    assert with_room(paged) is paged
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("empty", [lambda cache: cache.reset(), lambda cache: cache.crop(-7)], ids=["reset", "crop"])
+def test_a_cache_that_was_emptied_starts_again(empty):
+    model = loud_model(tiny_config())
+    ids = torch.randint(3, 19, (3, 7), generator=torch.Generator().manual_seed(3))
+    for cache in (DynamicCache(config=model.config), with_room(DynamicCache(config=model.config)), DynamicCache()):
+        empty(of_seven_tokens(cache))
+        if cache.get_seq_length():
+            # transformers 5.17 resets its own layers to as many zeros.
+            assert kinds_of(cache) == {DynamicLayer}
+            continue
+        for start, end in ((0, 4), (4, 5), (5, 7)):
+            found = model(ids[:2, start:end], past_key_values=cache).logits
+            torch.testing.assert_close(found, model(ids[:2, :end], use_cache=False).logits[:, start:])
+        assert kinds_of(cache) == {GrowingLayer}
+        assert all(layer.room is not None for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_a_step_with_a_filled_cache_makes_no_layers():
+    model = loud_model(tiny_config())
+    ids = torch.full((2, 3), 5)
+    for cache in (DynamicCache(config=model.config), of_seven_tokens(DynamicCache(config=model.config))):
+        model(ids[:, :2], past_key_values=cache)
+        layers = cache.layers
+        model(ids[:, 2:], past_key_values=cache)
+        assert cache.layers is layers
+
+
+def test_checkpointing_leaves_a_cache_of_the_caller_alone():
+    model = loud_model(tiny_config()).train()
+    model.gradient_checkpointing_enable()
+    ids = torch.full((2, 5), 5)
+    cache = DynamicCache(config=model.config)
+    loss = model(ids, labels=ids, past_key_values=cache).loss
+    loss.backward()
+    expected = loud_model(tiny_config()).train()
+    expected(ids, labels=ids).loss.backward()
+    for own, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad)
+
+
+@pytest.mark.parametrize("given", [None, DynamicCache], ids=["made by forward", "given"])
+@torch.no_grad()
+def test_a_graph_without_breaks_takes_an_empty_cache(given):
+    torch._dynamo.reset()
+    model = loud_model(tiny_config())
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    ids = torch.randint(3, 19, (2, 9), generator=torch.Generator().manual_seed(1))
+    output = compiled(ids[:, :5], past_key_values=given and given(config=model.config), use_cache=True)
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(output.logits, expected[:, :5])
+    torch.testing.assert_close(model(ids[:, 5:], past_key_values=output.past_key_values).logits, expected[:, 5:])
 
 
 @torch.no_grad()
