@@ -331,12 +331,15 @@ class MiniLLMForCausalLM(
             output_router_logits: return router logits and the load-balancing loss `aux_loss` (`mlp_type="moe"`), and
                 add `router_aux_loss_coef` times that to the loss; as the config says if left out.
             skip_logits: compute the loss without ever holding all logits, and return `logits=None`. Left out: in
-                training, given labels, if there would be more than `minillm.loss.MANY_LOGITS` of them and the head is
-                a plain one.
+                training, given labels, as `config.skip_logits` says; never in evaluation.
             kwargs: `num_items_in_batch` and `shift_labels` reach the loss.
 
         Returns:
             logits [batch, kept positions, vocab_size] and, given labels, the mean cross-entropy.
+
+        Raises:
+            ValueError: for `skip_logits=True` without labels, with `logits_to_keep`, or where the loss or the head is
+                one that needs logits (see `minillm.loss.why_logits`).
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -354,7 +357,7 @@ class MiniLLMForCausalLM(
             **kwargs,
         )
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
-        skips = skips_logits(self, skip_logits, hidden_states, labels, logits_to_keep)
+        skips = skips_logits(self, skip_logits, labels, logits_to_keep)
         if not skips:
             logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
         if labels is not None and self.loss_function is ForCausalLMLoss:
