@@ -10,7 +10,6 @@ from rich.table import Column, Table
 from transformers import AutoConfig
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.cache import LEAST_GROWING
 from minillm.capabilities import DIRECTIONS, KINDS, features_of, refusal
 from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
@@ -80,7 +79,7 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
     asked = "in training without holding logits (off: skip_logits=False)"
     held = "from all logits (without holding them: skip_logits=True, and in `minillm train`)"
     liger = find_liger()
-    kernel = "by Liger's kernel, unless compiled (off: minillm.fused_loss.USE_LIGER = False)"
+    kernel = "by Liger's kernel, unless compiled (off: model.tuning.use_liger = False)"
     on_cuda = f"by torch, not by Liger's kernel: {liger}" if isinstance(liger, str) else kernel
     masked = config.attention_type != "bidirectional" or config.sliding_window is not None
     hides = masked or config.position_embedding_type in POSITION_BIASES
@@ -94,9 +93,10 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
         "(off: model.tuning.folding_devices = ())"
     )
     generates = config.attention_type != "bidirectional"
+    tokens = -(-tuning.growing_elements // (config.num_key_value_heads * config.head_dim))
     grows = (
-        f"with room for tokens to come, from {-(-LEAST_GROWING // (config.num_key_value_heads * config.head_dim)):,} "
-        "tokens a batch on, if generate() or forward makes it (off: minillm.cache.LEAST_GROWING = 2**62)"
+        f"with room for tokens to come, from {tokens:,} tokens a batch on, if generate() or forward makes it "
+        "(off: model.tuning.growing_elements = 2**62)"
     )
     return {
         "loss": asked if config.skip_logits else held,

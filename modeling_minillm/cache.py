@@ -8,14 +8,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from minillm.tuning import tuning
+
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this transformers calls the key/value cache; it was `past_key_values` before 5.24."""
-
-LEAST_GROWING = 2**16
-"""Elements of a layer's keys from which on it makes room; fewer are joined anew in the time that room takes."""
-
-LEAST_ROOM = 64
-"""Tokens that a layer makes room for at once, or one in eight of those it holds where that is more."""
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -84,7 +80,7 @@ class GrowingLayer(DynamicLayer):
         if not self._has_room(total):
             held = self.keys, self.values
             self._leave_room()
-            capacity = total + max(LEAST_ROOM, total // 8)
+            capacity = total + max(tuning.least_room, total // 8)
             self.room = Room(*(part.new_empty((*part.shape[:-2], capacity, part.shape[-1])) for part in held))
             self.room.add(*held)
         self.keys, self.values = self.shown = self.room.add(key_states, value_states)
@@ -127,7 +123,7 @@ class GrowingLayer(DynamicLayer):
         keep what they have seen, and not where joining them would convert or refuse them."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_initialized:
             return False
-        if self.keys.ndim != 4 or self.keys.numel() < LEAST_GROWING:
+        if self.keys.ndim != 4 or self.keys.numel() < tuning.growing_elements:
             return False
         return fits(key_states, self.keys) and fits(value_states, self.values)
 

@@ -13,11 +13,9 @@ from transformers.utils import ModelOutput
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.fused_loss import liger_cross_entropy, uses_liger
 from minillm.head import NormHead, why_not_read
+from minillm.tuning import tuning
 
 RouterLogits = tuple[torch.Tensor, ...]
-
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
-"""Logits that are alive at once: on CPU what the caches hold, on CUDA what keeps the matrix products large."""
 
 
 def chunked_cross_entropy(
@@ -82,7 +80,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias = None if bias is None else bias.to(weight.dtype)
         function = chunked_cross_entropy
         if chunk is None:
-            chunk = max(1, CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+            alive = tuning.chunk_logits
+            chunk = max(1, alive.get(hidden.device.type, alive["cuda"]) // weight.shape[0])
             function = liger_cross_entropy if uses_liger(hidden, weight) else function
         total, *gradients = function(hidden, weight, bias, target, ignore_index, chunk, ctx.needs_input_grad[:3])
         ctx.save_for_backward(

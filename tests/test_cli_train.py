@@ -384,7 +384,7 @@ def logits_in_training(monkeypatch):
     [("causal", ()), ("prefix", ()), ("prefix", ("--lora",)), ("prefix", ("--objective", "glm"))],
     ids=["causal", "prefix", "lora", "glm"],
 )
-def test_steps_hold_no_logits_and_nothing_of_it_is_saved(
+def test_steps_hold_no_logits_and_the_config_says_nothing(
     variant, options, models, corpus, tmp_path, logits_in_training
 ):
     out = tmp_path / "out"

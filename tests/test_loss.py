@@ -13,6 +13,7 @@ import minillm.loss
 from minillm import MiniLLMForCausalLM
 from minillm.loss import linear_cross_entropy
 from minillm.training import DataCollatorForCausalLM
+from minillm.tuning import tuning
 
 LABELLED = {
     "plain": {},
@@ -101,9 +102,7 @@ def test_half_precision_is_as_exact_as_the_plain_loss(dtype):
 @pytest.mark.parametrize("labelled", LABELLED)
 @pytest.mark.parametrize("name", MODELS)
 def test_model_without_logits_equals_itself_with_them(name, labelled, monkeypatch):
-    monkeypatch.setattr(
-        minillm.loss, "CHUNK_LOGITS", {"cpu": 4 * SIZES["vocab_size"], "cuda": 4 * SIZES["vocab_size"]}
-    )
+    monkeypatch.setattr(tuning, "chunk_logits", {"cuda": 4 * SIZES["vocab_size"]})
     model = loud_model(tiny_config(**MODELS[name])).train()
     inputs = {**token_batch(), **LABELLED[labelled]}
     plain, expected = loss_and_gradients(model, **inputs, skip_logits=False)
@@ -186,7 +185,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("skip", [False, True])
 def test_no_tensor_of_all_logits(skip, monkeypatch):
     vocab, tokens = 1000, 4 * 64
-    monkeypatch.setitem(minillm.loss.CHUNK_LOGITS, "cpu", 16 * vocab)
+    monkeypatch.setattr(tuning, "chunk_logits", {"cpu": 16 * vocab, "cuda": 1})
     model = MiniLLMForCausalLM(tiny_config(vocab_size=vocab, max_position_embeddings=64))
     ids = torch.randint(vocab, (4, 64))
     with LargestTensor() as watch:
