@@ -27,7 +27,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from minillm.attention import MiniLLMAttention
 from minillm.back_ends import Call, attention_inputs
 from minillm.cache import CACHE_NAME, one_cache, with_room
-from minillm.capabilities import check
+from minillm.capabilities import check, kind_of
 from minillm.checks import (
     GivenTokens,
     check_attention_mask,
@@ -118,8 +118,14 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The one gate of every way to choose a back end (argument, setter, config field)."""
-        # First of all, lest the user install, or download, a kernel that is refused in the end.
-        check(self.config, attn_implementation)
+        # First of all, lest the user install, or download, a kernel that is refused in the end. A name that nobody
+        # knows is transformers' to refuse.
+        if (
+            kind_of(attn_implementation) != "other"
+            or "/" in attn_implementation
+            or attn_implementation in ALL_ATTENTION_FUNCTIONS
+        ):
+            check(self.config, attn_implementation)
         chosen = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         check(self.config, chosen)
         return chosen
