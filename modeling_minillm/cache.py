@@ -4,6 +4,8 @@ transformers' `DynamicCache` joins all keys and values with those of each new to
 copies. `DynamicCache` itself is kept, and with it what transformers does by its class; its layers are these.
 """
 
+import warnings
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -15,11 +17,15 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, given under its name or under its older one.
+    """The cache, given under its name or under its older one, of which a warning tells where it is the older one.
 
     Raises:
         ValueError: if both are given and differ.
     """
+    if past_key_values is not None and CACHE_NAME != "past_key_values" and not torch.compiler.is_compiling():
+        # In the words and of the kind of transformers' own, which filters of warnings know.
+        message = "`past_key_values` is deprecated, as in transformers: use `cache` instead."
+        warnings.warn(message, FutureWarning, stacklevel=3)
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("`cache` and `past_key_values` are two names of one thing: give one of them")
     return past_key_values if cache is None else cache
