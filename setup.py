@@ -27,6 +27,7 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "optimum-quanto>=0.2.7",
+    "parameterized>=0.9",
     "trl>=1.0",
     "onnxscript>=0.5",
     "onnxruntime>=1.22",

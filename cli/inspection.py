@@ -10,7 +10,6 @@ from rich.table import Column, Table
 from transformers import AutoConfig
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.cache import LEAST_GROWING
 from minillm.capabilities import DIRECTIONS, KINDS, features_of, refusal
 from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
@@ -18,7 +17,6 @@ from minillm.configuration.presets import PRESETS
 from minillm.description import describe
 from minillm.folded_alibi import is_foldable
 from minillm.fused_loss import find_liger
-from minillm.loss import MANY_LOGITS
 from minillm.positions import POSITION_BIASES
 from minillm.tuning import tuning
 
@@ -78,14 +76,10 @@ def cache_bytes_per_token(config: MiniLLMConfig, bytes_per_value: int = 2) -> in
 
 def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
     """What is done otherwise than step by step where it pays off, with the same results, and how to switch it off."""
-    tokens = -(-MANY_LOGITS // config.vocab_size)
-    loss = {
-        None: f"in training without holding logits, from {tokens:,} tokens a step on (off: skip_logits=False)",
-        True: "in training without holding logits (skip_logits=True)",
-        False: "from all logits (skip_logits=False)",
-    }
+    asked = "in training without holding logits (off: skip_logits=False)"
+    held = "from all logits (without holding them: skip_logits=True, and in `minillm train`)"
     liger = find_liger()
-    kernel = "by Liger's kernel, unless compiled (off: minillm.fused_loss.USE_LIGER = False)"
+    kernel = "by Liger's kernel, unless compiled (off: model.tuning.use_liger = False)"
     on_cuda = f"by torch, not by Liger's kernel: {liger}" if isinstance(liger, str) else kernel
     masked = config.attention_type != "bidirectional" or config.sliding_window is not None
     hides = masked or config.position_embedding_type in POSITION_BIASES
@@ -99,13 +93,14 @@ def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
         "(off: model.tuning.folding_devices = ())"
     )
     generates = config.attention_type != "bidirectional"
+    tokens = -(-tuning.growing_elements // (config.num_key_value_heads * config.head_dim))
     grows = (
-        f"with room for tokens to come, from {-(-LEAST_GROWING // (config.num_key_value_heads * config.head_dim)):,} "
-        "tokens a batch on, in an empty DynamicCache (off: minillm.cache.LEAST_GROWING = 2**62)"
+        f"with room for tokens to come, from {tokens:,} tokens a batch on, in an empty DynamicCache "
+        "(off: model.tuning.growing_elements = 2**62)"
     )
     return {
-        "loss": loss[config.skip_logits],
-        **({} if config.skip_logits is False else {"loss on cuda": on_cuda}),
+        "loss": asked if config.skip_logits else held,
+        "loss without logits on cuda": on_cuda,
         "attention in training": attention if hides else "whole",
         **({"attention on cuda": folded} if is_foldable(config) else {}),
         **({"growth of the cache": grows} if generates and config.sliding_window is None else {}),

@@ -1,4 +1,4 @@
-"""`minillm train`: options from flags and a file, and the stock Trainer on them."""
+"""`minillm train`: options from flags and a file, and a Trainer on them."""
 
 import contextlib
 import json
@@ -19,6 +19,7 @@ from minillm.cli.loading import last_complete_checkpoint, load_model, load_pretr
 from minillm.cli.progress import ProgressCallback
 from minillm.evaluation import perplexity
 from minillm.hub import replaced_folder
+from minillm.loss import why_logits
 from minillm.tokenization.literal_text import apply_template_literally
 from minillm.training import (
     DataCollatorForCausalLM,
@@ -274,6 +275,23 @@ def training_arguments(options: TrainOptions, checkpoints: Path) -> TrainingArgu
     )
 
 
+class LogitFreeTrainer(Trainer):
+    """Asks for the loss without logits in each training step, so that the config of the model it saves does not."""
+
+    skips_logits: bool | None = None
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.skips_logits is None:
+            # Only now is the head as it trains: adapted, or sharded over devices.
+            reason = why_logits(self.accelerator.unwrap_model(model))
+            if reason is not None:
+                say(f"each step holds all logits, which takes memory: {reason}")
+            self.skips_logits = reason is None
+        if self.skips_logits and model.training:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 def name_tokens(config: MiniLLMConfig, objective: str, tokenizer: Any, is_adapter: bool) -> None:
     """Names in a prefix model's config the tokens by which `generate()` reads a prompt as the collator does."""
     fields = {"glm": BLANK_FIELDS, "sft": TURN_FIELDS if config.attention_type == "prefix" else ()}.get(objective, ())
@@ -322,7 +340,7 @@ def run(options: TrainOptions) -> None:
     checkpoint = go_on_from(checkpoints, options)
     arguments = training_arguments(options, checkpoints)
     callbacks = [SetEpochCallback(collator), ProgressCallback(objective)]
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks)
+    trainer = LogitFreeTrainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks)
     trainer.pop_callback(next(cb for cb in trainer.callback_handler.callbacks if "Printer" in type(cb).__name__))
     trainer.train(resume_from_checkpoint=checkpoint)
     with replaced_folder(options.out) as partial:

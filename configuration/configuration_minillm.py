@@ -174,8 +174,8 @@ class MiniLLMConfig(PreTrainedConfig):
         scale_residual_init (`bool`, defaults to `False`): divide the initial weights of output and down projections
             by `sqrt(2 * num_hidden_layers)` (GPT-2).
         use_cache (`bool`, *optional*): return a key/value cache; yes unless bidirectional.
-        skip_logits (`bool`, *optional*): in training, compute the loss without ever holding all logits, and return
-            none; left out: where there would be many (`minillm.loss.MANY_LOGITS`).
+        skip_logits (`bool`, defaults to `False`): in training, compute the loss without ever holding all logits, and
+            return none (`None`, which older files hold, is `False`).
         pad_token_id, bos_token_id, eos_token_id: special ids; none, 1 and 2.
         mask_token_id, gmask_token_id, smask_token_id, sop_token_id (`int`, *optional*): GLM's blanks, and the token
             that starts what fills one. With them `generate()` gives a prompt that holds both GLM's prefix and axes.
@@ -263,7 +263,7 @@ class MiniLLMConfig(PreTrainedConfig):
 
     # transformers' own
     use_cache: bool | None = None
-    skip_logits: bool | None = None
+    skip_logits: bool | None = False
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2

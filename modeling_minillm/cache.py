@@ -4,26 +4,28 @@ transformers' `DynamicCache` joins all keys and values with those of each new to
 copies. `DynamicCache` itself is kept, and with it what transformers does by its class; its layers are these.
 """
 
+import warnings
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from minillm.tuning import tuning
+
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this transformers calls the key/value cache; it was `past_key_values` before 5.24."""
 
-LEAST_GROWING = 2**16
-"""Elements of a layer's keys from which on it makes room; fewer are joined anew in the time that room takes."""
-
-LEAST_ROOM = 64
-"""Tokens that a layer makes room for at once, or one in eight of those it holds where that is more."""
-
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, given under its name or under its older one.
+    """The cache, given under its name or under its older one, of which a warning tells where it is the older one.
 
     Raises:
         ValueError: if both are given and differ.
     """
+    if past_key_values is not None and CACHE_NAME != "past_key_values" and not torch.compiler.is_compiling():
+        # In the words and of the kind of transformers' own, which filters of warnings know.
+        message = "`past_key_values` is deprecated, as in transformers: use `cache` instead."
+        warnings.warn(message, FutureWarning, stacklevel=3)
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("`cache` and `past_key_values` are two names of one thing: give one of them")
     return past_key_values if cache is None else cache
@@ -84,7 +86,7 @@ class GrowingLayer(DynamicLayer):
         if not self._has_room(total):
             held = self.keys, self.values
             self._leave_room()
-            capacity = total + max(LEAST_ROOM, total // 8)
+            capacity = total + max(tuning.least_room, total // 8)
             self.room = Room(*(part.new_empty((*part.shape[:-2], capacity, part.shape[-1])) for part in held))
             self.room.add(*held)
         self.keys, self.values = self.shown = self.room.add(key_states, value_states)
@@ -127,7 +129,7 @@ class GrowingLayer(DynamicLayer):
         keep what they have seen, and not where joining them would convert or refuse them."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_initialized:
             return False
-        if self.keys.ndim != 4 or self.keys.numel() < LEAST_GROWING:
+        if self.keys.ndim != 4 or self.keys.numel() < tuning.growing_elements:
             return False
         return fits(key_states, self.keys) and fits(value_states, self.values)
 

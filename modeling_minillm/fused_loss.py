@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-USE_LIGER = True
-"""False: the loss without logits is always made by torch alone."""
+from minillm.tuning import tuning
 
 DEVICES = ("cuda",)
 # In float64 Liger rounds to float32.
@@ -41,7 +40,7 @@ def uses_liger(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
     torch's own operations.
     """
     return (
-        USE_LIGER
+        tuning.use_liger
         and hidden.device.type in DEVICES
         and not torch.compiler.is_compiling()
         and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -13,15 +13,9 @@ from transformers.utils import ModelOutput
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.fused_loss import liger_cross_entropy, uses_liger
 from minillm.head import NormHead, why_not_read
+from minillm.tuning import tuning
 
 RouterLogits = tuple[torch.Tensor, ...]
-
-MANY_LOGITS = 2**26
-"""From so many logits on, a training step computes its loss without them (a float32 copy of them is 256 MiB, and a
-plain step holds several)."""
-
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
-"""Logits that are alive at once: on CPU what the caches hold, on CUDA what keeps the matrix products large."""
 
 
 def chunked_cross_entropy(
@@ -86,7 +80,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias = None if bias is None else bias.to(weight.dtype)
         function = chunked_cross_entropy
         if chunk is None:
-            chunk = max(1, CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+            alive = tuning.chunk_logits
+            chunk = max(1, alive.get(hidden.device.type, alive["cuda"]) // weight.shape[0])
             function = liger_cross_entropy if uses_liger(hidden, weight) else function
         total, *gradients = function(hidden, weight, bias, target, ignore_index, chunk, ctx.needs_input_grad[:3])
         ctx.save_for_backward(
@@ -163,31 +158,27 @@ def why_logits(model: PreTrainedModel) -> str | None:
 
 
 def skips_logits(
-    model: PreTrainedModel,
-    wanted: bool | None,
-    hidden_states: torch.Tensor,
-    labels: torch.Tensor | None,
-    logits_to_keep: int | torch.Tensor,
+    model: PreTrainedModel, wanted: bool | None, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor
 ) -> bool:
-    """Whether the loss is computed without logits: as `wanted`; if that is None, in training as the config wants; if
-    it wants nothing either, where they would be many.
+    """Whether the loss is computed without logits: as `wanted`; if that is None, in training as the config wants.
 
     Raises:
         ValueError: if it was asked for and cannot be.
     """
+    asked = "`skip_logits=True`"
     if wanted is None:
-        wanted = model.config.skip_logits if model.training and labels is not None else False
-    if wanted is False:
+        wanted = model.config.skip_logits and model.training and labels is not None
+        asked += " in the config"
+    if not wanted:
         return False
     reason = why_logits(model)
     if labels is None:
         reason = "without `labels` there is nothing else to compute"
     elif isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0:
         reason = "`logits_to_keep` asks for some"
-    if wanted and reason is not None:
-        raise ValueError(f"`skip_logits=True`, but {reason}: leave it out")
-    many = hidden_states.shape[:-1].numel() * model.config.vocab_size >= MANY_LOGITS
-    return bool(wanted) or (reason is None and many)
+    if reason is not None:
+        raise ValueError(f"{asked}, but {reason}: set it to False")
+    return True
 
 
 def load_balancing_loss(

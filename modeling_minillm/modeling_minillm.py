@@ -27,7 +27,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from minillm.attention import MiniLLMAttention
 from minillm.back_ends import Call, attention_inputs
 from minillm.cache import CACHE_NAME, one_cache, with_room
-from minillm.capabilities import check
+from minillm.capabilities import check, kind_of
 from minillm.checks import (
     GivenTokens,
     check_attention_mask,
@@ -117,8 +117,14 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The one gate of every way to choose a back end (argument, setter, config field)."""
-        # First of all, lest the user install, or download, a kernel that is refused in the end.
-        check(self.config, attn_implementation)
+        # First of all, lest the user install, or download, a kernel that is refused in the end. A name that nobody
+        # knows is transformers' to refuse.
+        if (
+            kind_of(attn_implementation) != "other"
+            or "/" in attn_implementation
+            or attn_implementation in ALL_ATTENTION_FUNCTIONS
+        ):
+            check(self.config, attn_implementation)
         chosen = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         check(self.config, chosen)
         return chosen
@@ -330,12 +336,15 @@ class MiniLLMForCausalLM(
             output_router_logits: return router logits and the load-balancing loss `aux_loss` (`mlp_type="moe"`), and
                 add `router_aux_loss_coef` times that to the loss; as the config says if left out.
             skip_logits: compute the loss without ever holding all logits, and return `logits=None`. Left out: in
-                training, given labels, if there would be more than `minillm.loss.MANY_LOGITS` of them and the head is
-                a plain one.
+                training, given labels, as `config.skip_logits` says; never in evaluation.
             kwargs: `num_items_in_batch` and `shift_labels` reach the loss.
 
         Returns:
             logits [batch, kept positions, vocab_size] and, given labels, the mean cross-entropy.
+
+        Raises:
+            ValueError: for `skip_logits=True` without labels, with `logits_to_keep`, or where the loss or the head is
+                one that needs logits (see `minillm.loss.why_logits`).
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -353,7 +362,7 @@ class MiniLLMForCausalLM(
             **kwargs,
         )
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
-        skips = skips_logits(self, skip_logits, hidden_states, labels, logits_to_keep)
+        skips = skips_logits(self, skip_logits, labels, logits_to_keep)
         if not skips:
             logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
         if labels is not None and self.loss_function is ForCausalLMLoss:

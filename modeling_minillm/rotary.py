@@ -20,12 +20,13 @@ class MiniLLMRotaryEmbedding(nn.Module):
 
     Args:
         config: gives `rope_parameters`, `rope_interleaved`, `rope_2d` and `head_dim`.
+        device: of the tables, as for transformers' classes; the default one if left out.
     """
 
     inv_freq: torch.Tensor
     original_inv_freq: torch.Tensor
 
-    def __init__(self, config: MiniLLMConfig) -> None:
+    def __init__(self, config: MiniLLMConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         config.standardize_rope_params()
         self.config = config
@@ -34,7 +35,7 @@ class MiniLLMRotaryEmbedding(nn.Module):
         self.by_length = FREQUENCIES_BY_LENGTH.get(self.rope_type)
         tables, self.attention_scaling = self.compute_tables()
         for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+            self.register_buffer(name, table.to(device), persistent=False)
 
     def compute_tables(self) -> tuple[dict[str, torch.Tensor], float]:
         """The buffers by name, inverse frequencies [rotary channels of one axis / 2] in float32, and the factor on
@@ -78,8 +79,10 @@ class MiniLLMRotaryEmbedding(nn.Module):
         Args:
             position_ids, block_position_ids: [B or 1, Q].
             lengths: of each token's document [B or 1, Q or 1], where the frequencies follow it; see
-                `minillm.tokens.document_lengths`.
+                `minillm.tokens.document_lengths`. Left out, a row is one document, all of it given.
         """
+        if lengths is None and self.by_length is not None:
+            lengths = position_ids.amax(-1, keepdim=True) + 1
         # [rotary channels / 2], or [B or 1, Q or 1, rotary channels / 2] by length
         inv_freq = self.inv_freq if lengths is None else self.by_length(self, lengths)
         cos, sin = self.rotate(x, position_ids, inv_freq)

@@ -4,18 +4,56 @@ One object of this process, `minillm.tuning.tuning`, which every model has as it
 was loaded without the plug-in has it too.
 """
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
+
+KINDS_OF_KEYS = {"chunk_logits": (str, "a device type"), "longest_fold": (torch.dtype, "a torch.dtype")}
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def checked(name: str, value: Any) -> Any:
+    """The value of a field of `Tuning`, if it is of that field's kind; a mapping as one that is read only, so that no
+    entry escapes the check.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if name == "use_liger":
+        fits, kind = isinstance(value, bool), "True or False"
+    elif name == "folding_devices":
+        fits = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+        kind = "a tuple of device types, such as ('cuda',)"
+    elif name in KINDS_OF_KEYS:
+        key, kind = KINDS_OF_KEYS[name]
+        fits = isinstance(value, Mapping) and all(isinstance(k, key) and is_count(n) for k, n in value.items())
+        kind = f"a mapping from {kind} to an integer of at least 0"
+        if name == "chunk_logits":
+            fits, kind = fits and "cuda" in value, f"{kind}, with an entry for 'cuda'"
+        value = MappingProxyType(dict(value)) if fits else value
+    else:
+        fits, kind = is_count(value), "an integer of at least 0"
+    if not fits:
+        raise ValueError(f"`tuning.{name} = {value!r}`: it must be {kind}")
+    return value
 
 
 @dataclass
 class Tuning:
     """Set an attribute, and models of this process follow from their next call on: `model.tuning.use_liger = False`.
+    Mappings are set whole.
 
     Attributes:
         chunk_logits: logits that are alive at once in a loss without all of them, by device type ("cuda" stands for
-            every type that is not named): on CPU what its caches hold, on CUDA what keeps matrix products large.
+            every type that is not named): on CPU what its caches hold, on CUDA what keeps matrix products large. A
+            token's logits stay together.
         use_liger: on CUDA such a loss is made by Liger's kernel, where `liger-kernel` is installed.
         growing_elements: elements of a layer's cached keys from which on the cache makes room for tokens to come;
             fewer are joined anew in the time that room takes. `2**62`: never.
@@ -35,7 +73,7 @@ class Tuning:
         widest_fold: the widest heads that SDPA's fused kernels take.
     """
 
-    chunk_logits: dict[str, int] = field(default_factory=lambda: {"cpu": 2**22, "cuda": 2**27})
+    chunk_logits: Mapping[str, int] = field(default_factory=lambda: {"cpu": 2**22, "cuda": 2**27})
     use_liger: bool = True
     growing_elements: int = 2**16
     least_room: int = 64
@@ -44,8 +82,18 @@ class Tuning:
     kept_elements: int = 2**26
     open_block_keys: int = 1024
     folding_devices: tuple[str, ...] = ("cuda",)
-    longest_fold: dict[torch.dtype, int] = field(default_factory=lambda: {torch.bfloat16: 2**16, torch.float16: 2**13})
+    longest_fold: Mapping[torch.dtype, int] = field(
+        default_factory=lambda: {torch.bfloat16: 2**16, torch.float16: 2**13}
+    )
     widest_fold: int = 256
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        names = self.__dataclass_fields__
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
+            raise AttributeError(f"`tuning` has no {name!r}: {hint}")
+        super().__setattr__(name, checked(name, value))
 
 
 tuning = Tuning()

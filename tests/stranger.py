@@ -67,9 +67,32 @@ def check_config(case: dict) -> str:
     return "equal" if model.num_parameters() == case["parameters"] else str(model.num_parameters())
 
 
+def check_tuning(case: dict) -> str:
+    """Whether what is set on the model of a folder decides how its code works."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(case["folder"], trust_remote_code=True).eval()
+    ids = torch.arange(5, 17)[None]
+
+    def capacity() -> int:
+        """Tokens that the cache has memory for, after 13 of them."""
+        with torch.no_grad():
+            outputs = model(ids, use_cache=True)
+            cache = outputs["cache" if "cache" in outputs else "past_key_values"]
+            model(ids[:, :1], past_key_values=cache)
+        return cache.layers[0].keys.untyped_storage().nbytes() // cache.layers[0].keys[:, :, 0].nbytes
+
+    found = [capacity()]
+    model.tuning.growing_elements, model.tuning.least_room = 0, 7
+    found.append(capacity())
+    try:
+        model.tuning.least_rom = 1
+    except AttributeError as error:
+        found.append("least_room" in str(error))
+    return "set" if found == [13, 20, True] else str(found)
+
+
 def main() -> None:
     sys.modules["minillm"] = None
-    checks = {"AutoTokenizer": check_tokenizer, "AutoConfig": check_config, "fill": check_fill}
+    checks = {"AutoTokenizer": check_tokenizer, "AutoConfig": check_config, "fill": check_fill, "tuning": check_tuning}
     with open(sys.argv[1], encoding="utf-8") as file:
         cases = json.load(file)
     print(json.dumps({case["name"]: checks.get(case["auto_class"], check_model)(case) for case in cases}))

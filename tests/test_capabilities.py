@@ -203,7 +203,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_choosing_passes_the_gate(way, tmp_path):
+def test_every_way_of_choosing_passes_the_gate(way, my_kernel, tmp_path):
     for index, (variant, back_end) in enumerate(HOPELESS):
         with pytest.raises(ValueError, match="cannot serve this model") as caught:
             WAYS[way](variant.config, tmp_path / str(index), back_end)
@@ -295,6 +295,17 @@ def test_an_unknown_back_end_serves_plain_causal_attention(my_kernel, positions,
     torch.testing.assert_close(found[1][0], found[0][0], atol=2e-5, rtol=1e-5)
     for gradient, expected in zip(found[1][1], found[0][1], strict=True):
         torch.testing.assert_close(gradient, expected, atol=2e-5 * expected.abs().max().item() + 1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention_type": "prefix"}, {"position_embedding_type": "alibi"}])
+def test_a_name_that_nobody_knows_is_refused_by_transformers(fields, my_kernel):
+    model = loud_model(tiny_config(**fields))
+    with pytest.raises(ValueError, match='Specified `attn_implementation="foo"` is not supported'):
+        model.set_attn_implementation("foo")
+    if fields:
+        for known in (my_kernel, "kernels-community/x"):
+            with pytest.raises(ValueError, match="computes plain causal attention only"):
+                model.set_attn_implementation(known)
 
 
 @pytest.mark.parametrize("layout", ["packing", "packing_by_positions"])

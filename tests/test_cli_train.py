@@ -1,5 +1,6 @@
 """`minillm train`: every objective, LoRA, options from files, going on after an interruption, and what it refuses."""
 
+import functools
 import json
 import math
 import re
@@ -20,8 +21,10 @@ from cli_cases import (
     write_corpus,
 )
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
+from minillm import MiniLLMForCausalLM
+from minillm.cli.training_run import LogitFreeTrainer
 from minillm.configuration.presets import PRESETS, Preset
 from minillm.evaluation import perplexity
 from minillm.training import (
@@ -280,12 +283,12 @@ def interrupt_at(step, monkeypatch):
     """Every later Trainer of the command is interrupted as by Ctrl-C once it has done so many steps."""
     import minillm.cli.training_run as module
 
-    stock = module.Trainer
+    usual = module.LogitFreeTrainer
 
     def interrupted(*arguments, callbacks, **keywords):
-        return stock(*arguments, callbacks=[*callbacks, Interruption(step)], **keywords)
+        return usual(*arguments, callbacks=[*callbacks, Interruption(step)], **keywords)
 
-    monkeypatch.setattr(module, "Trainer", interrupted)
+    monkeypatch.setattr(module, "LogitFreeTrainer", interrupted)
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["whole", "lora"])
@@ -358,3 +361,71 @@ def test_checkpoints_of_other_options_are_not_taken(models, corpus, tmp_path, mo
     (foreign / "mine.txt").write_text("mine", "utf-8")
     assert "is not empty" in fail(*arguments[:-6], "--out", tmp_path / "other", *SHORT)
     assert tree(foreign) == ["mine.txt"]
+
+
+@pytest.fixture
+def logits_in_training(monkeypatch):
+    """Whether logits were returned, of each forward in training from now on."""
+    returned, forward = [], MiniLLMForCausalLM.forward
+
+    @functools.wraps(forward)
+    def watched(self, *arguments, **keywords):
+        outputs = forward(self, *arguments, **keywords)
+        if self.training:
+            returned.append(outputs.logits is not None)
+        return outputs
+
+    monkeypatch.setattr(MiniLLMForCausalLM, "forward", watched)
+    return returned
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("causal", ()), ("prefix", ()), ("prefix", ("--lora",)), ("prefix", ("--objective", "glm"))],
+    ids=["causal", "prefix", "lora", "glm"],
+)
+def test_steps_hold_no_logits_and_the_config_says_nothing(
+    variant, options, models, corpus, tmp_path, logits_in_training
+):
+    out = tmp_path / "out"
+    told = succeed("train", "--model", models[variant], "--data", corpus, "--out", out, *options, *SHORT)
+    assert len(losses(told)) == 6 and logits_in_training == [False] * 6
+    model = AutoModelForCausalLM.from_pretrained(out).train()
+    assert model.config.skip_logits is False
+    saved = [json.loads(path.read_text("utf-8")) for path in tmp_path.rglob("config.json")]
+    assert not [config for config in saved if config["skip_logits"]]
+    assert bool(saved) != ("--lora" in options)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    assert model(ids, labels=ids, prefix_mask=ids * 0 if variant == "prefix" else None).logits is not None
+
+
+def test_a_head_that_needs_logits_is_told_of(models, corpus, tmp_path, monkeypatch, logits_in_training):
+    import minillm.cli.training_run as module
+
+    built = module.build_model
+
+    def hooked(*arguments):
+        model = built(*arguments)
+        model.lm_head.register_forward_hook(lambda *call: None)
+        return model
+
+    monkeypatch.setattr(module, "build_model", hooked)
+    told = succeed("train", "--model", models["causal"], "--data", corpus, "--out", tmp_path / "out", *SHORT)
+    assert told.count("each step holds all logits, which takes memory: the head has hooks") == 1
+    assert len(losses(told)) == 6 and logits_in_training == [True] * 6
+
+
+def test_evaluation_in_between_has_logits(models, tmp_path, logits_in_training):
+    model = AutoModelForCausalLM.from_pretrained(models["causal"])
+    rows = [{"input_ids": list(range(5, 25)), "labels": list(range(5, 25))}] * 4
+    shapes = []
+    LogitFreeTrainer(
+        model,
+        TrainingArguments(
+            str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, report_to="none", use_cpu=True
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda prediction: shapes.append(prediction.predictions.shape) or {},
+    ).train()
+    assert shapes == [(4, 20, 320)] * 2 and logits_in_training == [False] * 2

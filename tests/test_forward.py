@@ -1,5 +1,7 @@
 """The arguments of a forward: what each does, and what is refused."""
 
+import warnings
+
 import pytest
 import torch
 from matrix_cases import LENGTH, VOCAB
@@ -8,6 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from variant_cases import VARIANTS, assert_equal, config_of, inputs_of, model_of, tokens
 
 from minillm import MiniLLMForCausalLM, MiniLLMModel
+from minillm.cache import CACHE_NAME
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -454,7 +457,13 @@ def test_the_cache_has_two_names():
     expected = run(model, input_ids=ids).logits[:, 4:]
     for name in ("cache", "past_key_values"):
         filled = DynamicCache()
-        run(model, input_ids=ids[:, :4], **{name: filled})
-        assert_equal(run(model, input_ids=ids[:, 4:], **{name: filled}).logits, expected)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run(model, input_ids=ids[:, :4], **{name: filled})
+            assert_equal(run(model, input_ids=ids[:, 4:], **{name: filled}).logits, expected)
+        # Where transformers has another name, it warns as transformers' own models do.
+        old = [warning for warning in told if "`past_key_values` is deprecated" in str(warning.message)]
+        assert len(old) == (2 if (name, CACHE_NAME) == ("past_key_values", "cache") else 0)
+        assert all(warning.category is FutureWarning for warning in old)
     with pytest.raises(ValueError, match="two names of one thing"):
         run(model, input_ids=ids, cache=DynamicCache(), past_key_values=DynamicCache())

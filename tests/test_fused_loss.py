@@ -19,6 +19,7 @@ import minillm.fused_loss
 import minillm.loss
 from minillm.fused_loss import find_liger
 from minillm.loss import linear_cross_entropy
+from minillm.tuning import tuning
 
 LIGER = "liger_kernel.ops.fused_linear_cross_entropy"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -116,7 +117,7 @@ def test_what_is_handed_over(calls, with_bias):
 @pytest.mark.parametrize("needed", [(1, 1, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)])
 @pytest.mark.parametrize("limit", [1, 2**27])
 def test_equals_cross_entropy_whatever_is_frozen(calls, needed, limit, monkeypatch):
-    monkeypatch.setattr(minillm.loss, "CHUNK_LOGITS", {"cpu": limit, "cuda": limit})
+    monkeypatch.setattr(tuning, "chunk_logits", {"cuda": limit})
     leaves, target = leaves_and_target(calls.device)
     for leaf, trained in zip(leaves, needed, strict=True):
         leaf.requires_grad_(bool(trained))
@@ -145,7 +146,7 @@ def test_gradients_of_gradients_are_refused(calls):
 
 
 def test_half_precision_is_as_exact_as_the_plain_loss(calls, monkeypatch):
-    monkeypatch.setattr(minillm.loss, "CHUNK_LOGITS", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(tuning, "chunk_logits", {"cuda": 1})
     generator = torch.Generator().manual_seed(0)
     # Triton's interpreter cuts bfloat16 off where CUDA rounds; float16 is rounded by both.
     hidden, weight = (torch.randn(size, 32, generator=generator).to(calls.device, torch.half) for size in (300, 500))
@@ -208,10 +209,10 @@ def test_torch_where_liger_is_not_to_be_used(calls, monkeypatch):
     linear_cross_entropy(*(leaf.double() for leaf in leaves[:2]), target)
     linear_cross_entropy(leaves[0][:0], leaves[1], target[:0])
     torch.compile(fused, fullgraph=True, backend="eager")(leaves, target)
-    monkeypatch.setattr(minillm.fused_loss, "USE_LIGER", False)
+    monkeypatch.setattr(tuning, "use_liger", False)
     fused(leaves, target)
     assert not calls
-    monkeypatch.setattr(minillm.fused_loss, "USE_LIGER", True)
+    monkeypatch.setattr(tuning, "use_liger", True)
     fused(leaves, target)
     assert calls
 

@@ -12,14 +12,14 @@ from matrix_cases import loud_model, tiny_config
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import minillm.cache
 from minillm.cache import GrowingLayer, with_room
+from minillm.tuning import tuning
 
 
 @pytest.fixture(autouse=True)
 def room_from_the_second_token(monkeypatch):
-    monkeypatch.setattr(minillm.cache, "LEAST_GROWING", 0)
-    monkeypatch.setattr(minillm.cache, "LEAST_ROOM", 3)
+    monkeypatch.setattr(tuning, "growing_elements", 0)
+    monkeypatch.setattr(tuning, "least_room", 3)
 
 
 def states(tokens, rows=2, dtype=torch.float32):
@@ -119,7 +119,7 @@ def test_a_new_token_copies_itself_alone():
 
 @torch.no_grad()
 def test_few_keys_are_joined(monkeypatch):
-    monkeypatch.setattr(minillm.cache, "LEAST_GROWING", 2 * 3 * 4 * 6)
+    monkeypatch.setattr(tuning, "growing_elements", 2 * 3 * 4 * 6)
     layer = GrowingLayer()
     layer.update(*states(4))
     for length in (5, 6):
@@ -263,7 +263,7 @@ def test_generates_the_same_text(variant, way, back_end, monkeypatch):
     found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert len(used) == 2
     assert all(layer.room is not None for layer in used.values())
-    monkeypatch.setattr(minillm.cache, "LEAST_GROWING", 2**62)
+    monkeypatch.setattr(tuning, "growing_elements", 2**62)
     torch.manual_seed(0)
     assert torch.equal(found, model.generate(ids, attention_mask=torch.ones_like(ids), **options))
 

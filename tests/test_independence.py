@@ -1,13 +1,18 @@
 """What a model computes for a text depends on that text alone: not on earlier calls, nor on what stands beside it."""
 
+import copy
+
 import pytest
 import torch
 from matrix_cases import LENGTH, VOCAB, assert_close, double_weights, loud_model, rows, tiny_config
 from reference import reference_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from variant_cases import GENERATIVE, VARIANTS, inputs_of, model_of, tokens
 
 import minillm.tokens
+from minillm import MiniLLMConfig
+from minillm.rotary import MiniLLMRotaryEmbedding
 
 ROPE = {"rope_theta": 100.0, "factor": 2.0}
 BY_LENGTH = {
@@ -183,3 +188,15 @@ def test_what_says_what_zeros_mean_is_not_warned_of(warnings_of):
         assert not told
         assert_close(logits[:, :4], alone.double(), str(inputs))
     assert not warnings_of(model, position_ids=torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]]))[1]
+
+
+@pytest.mark.parametrize("length", [4, 40])
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_a_rotary_embedding_by_itself_takes_a_row_for_a_document_as_llamas_does(name, length):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4}
+    rotary = MiniLLMRotaryEmbedding(MiniLLMConfig(**sizes, **copy.deepcopy(BY_LENGTH[name])), "cpu")
+    llama = LlamaRotaryEmbedding(LlamaConfig(**sizes, **copy.deepcopy(BY_LENGTH[name])))
+    found, expected = (module(torch.zeros(()), torch.arange(length)[None]) for module in (rotary, llama))
+    torch.testing.assert_close(found[0], expected[0])
+    # MiniLLM's sines have the sign that rotates.
+    torch.testing.assert_close(found[1].abs(), expected[1].abs())

@@ -13,6 +13,7 @@ import minillm.loss
 from minillm import MiniLLMForCausalLM
 from minillm.loss import linear_cross_entropy
 from minillm.training import DataCollatorForCausalLM
+from minillm.tuning import tuning
 
 LABELLED = {
     "plain": {},
@@ -101,9 +102,7 @@ def test_half_precision_is_as_exact_as_the_plain_loss(dtype):
 @pytest.mark.parametrize("labelled", LABELLED)
 @pytest.mark.parametrize("name", MODELS)
 def test_model_without_logits_equals_itself_with_them(name, labelled, monkeypatch):
-    monkeypatch.setattr(
-        minillm.loss, "CHUNK_LOGITS", {"cpu": 4 * SIZES["vocab_size"], "cuda": 4 * SIZES["vocab_size"]}
-    )
+    monkeypatch.setattr(tuning, "chunk_logits", {"cuda": 4 * SIZES["vocab_size"]})
     model = loud_model(tiny_config(**MODELS[name])).train()
     inputs = {**token_batch(), **LABELLED[labelled]}
     plain, expected = loss_and_gradients(model, **inputs, skip_logits=False)
@@ -186,7 +185,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("skip", [False, True])
 def test_no_tensor_of_all_logits(skip, monkeypatch):
     vocab, tokens = 1000, 4 * 64
-    monkeypatch.setitem(minillm.loss.CHUNK_LOGITS, "cpu", 16 * vocab)
+    monkeypatch.setattr(tuning, "chunk_logits", {"cpu": 16 * vocab, "cuda": 1})
     model = MiniLLMForCausalLM(tiny_config(vocab_size=vocab, max_position_embeddings=64))
     ids = torch.randint(vocab, (4, 64))
     with LargestTensor() as watch:
@@ -195,32 +194,24 @@ def test_no_tensor_of_all_logits(skip, monkeypatch):
     assert watch.largest == (weights if skip else vocab * tokens)
 
 
-def test_automatic_where_logits_are_many(monkeypatch):
-    model, inputs = loud_model(tiny_config()).train(), token_batch()
-    assert model(**inputs).logits is not None
-    monkeypatch.setattr(minillm.loss, "MANY_LOGITS", 3 * 11 * SIZES["vocab_size"])
+@pytest.mark.parametrize("skip", [None, False])
+def test_logits_are_returned_however_many_there_are(skip):
+    """2^26 of them, in training: nobody asked for them to be left out."""
+    vocab = 2**17
+    model = MiniLLMForCausalLM(
+        tiny_config(vocab_size=vocab, hidden_size=4, num_attention_heads=1, head_dim=4, skip_logits=skip)
+    )
+    ids = torch.randint(vocab, (8, 65))
+    assert model.train()(ids, labels=ids, use_cache=False).logits.shape == (8, 65, vocab)
+
+
+def test_the_config_asks_for_training_steps_alone():
+    model, inputs = loud_model(tiny_config(skip_logits=True)).train(), token_batch()
     outputs = model(**inputs)
     assert outputs.logits is None
     torch.testing.assert_close(outputs.loss, model(**inputs, skip_logits=False).loss)
     assert model(inputs["input_ids"]).logits is not None
     assert model.eval()(**inputs).logits is not None
-    model.train().config.skip_logits = False
-    assert model(**inputs).logits is not None
-
-
-def test_automatic_gives_way_to_what_reads_logits(monkeypatch):
-    monkeypatch.setattr(minillm.loss, "MANY_LOGITS", 1)
-    inputs = token_batch()
-    adapted = get_peft_model(loud_model(tiny_config()), LoraConfig(r=2, target_modules=["lm_head"])).train()
-    assert adapted(**inputs).logits is not None
-    model = loud_model(tiny_config()).train()
-    model.loss_function = lambda logits, labels, **kwargs: logits.mean()
-    assert torch.equal(model(**inputs).loss, model(inputs["input_ids"]).logits.mean())
-    model = loud_model(tiny_config()).train()
-    seen = []
-    model.lm_head.register_forward_hook(lambda *call: seen.append(1))
-    assert model(**inputs).logits is not None
-    assert seen
 
 
 @pytest.mark.parametrize(
@@ -236,9 +227,24 @@ def test_refused_where_it_cannot_be(change, arguments, words):
     model = loud_model(tiny_config()).train()
     for name, value in change.items():
         setattr(model, name, value)
-    with pytest.raises(ValueError, match="skip_logits=True") as error:
+    with pytest.raises(ValueError, match="skip_logits=True`, but") as error:
         model(**{**token_batch(), **arguments}, skip_logits=True)
     assert words in str(error.value)
+    model.config.skip_logits = True
+    if arguments != {"labels": None}:
+        with pytest.raises(ValueError, match="skip_logits=True` in the config, but") as error:
+            model(**{**token_batch(), **arguments})
+        assert words in str(error.value)
+
+
+def test_refused_with_an_adapter_or_a_hook_on_the_head():
+    adapted = get_peft_model(loud_model(tiny_config()), LoraConfig(r=2, target_modules=["lm_head"])).train()
+    hooked = loud_model(tiny_config()).train()
+    hooked.lm_head.register_forward_hook(lambda *call: None)
+    for model, words in ((adapted, "whose weight is not all"), (hooked, "the head has hooks")):
+        assert model(**token_batch()).logits is not None
+        with pytest.raises(ValueError, match=f"skip_logits=True`, but .*{words}"):
+            model(**token_batch(), skip_logits=True)
 
 
 def test_trainer_learns_the_same(tmp_path):

@@ -23,8 +23,8 @@ from matrix_cases import (
 from reference import reference_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-import minillm.cache
 from minillm.cache import with_room
+from minillm.tuning import tuning
 
 CASES = dict(attention_cases(("causal", "prefix")))
 BACK_ENDS = ("eager", "sdpa")
@@ -45,7 +45,7 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def room_from_the_second_token(monkeypatch):
-    monkeypatch.setattr(minillm.cache, "LEAST_GROWING", 0)
+    monkeypatch.setattr(tuning, "growing_elements", 0)
 
 
 def make_cache(kind, config):
