@@ -2,7 +2,9 @@
 
 import copy
 import difflib
-import math
+import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -12,16 +14,28 @@ from packaging.version import parse
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from minillm.configuration.feed_forward_fields import (
-    FEED_FORWARD_OWNERS,
-    MLP_PLANS,
-    MOE_DEFAULTS,
-    derive_feed_forward,
-    feed_forward_conflicts,
+from minillm.configuration.attention_fields import attention_conflicts
+from minillm.configuration.derived_fields import (
+    DERIVED,
+    FOLLOWED,
+    derive,
+    followed_plan,
+    recognised,
+    tensor_parallel_plan,
 )
+from minillm.configuration.feed_forward_fields import feed_forward_conflicts
+from minillm.configuration.field_ranges import check_owners, check_ranges
+from minillm.configuration.norm_fields import norm_conflicts
 from minillm.configuration.presets import PRESETS
-from minillm.configuration.rope_fields import OLD_SPELLINGS, check_rope, take_old_spellings
-from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS
+from minillm.configuration.rope_fields import (
+    OLD_SPELLINGS,
+    assigned_rope,
+    check_rope,
+    refuse_unknown_rope_keys,
+    take_old_spellings,
+)
+from minillm.configuration.spellings import foreign_conflicts, refuse_misspelt, warn_of_unknown
+from minillm.configuration.token_fields import token_conflicts, warn_of_tokens
 from minillm.version import __version__
 
 logger = logging.get_logger(__name__)
@@ -36,60 +50,6 @@ if parse(transformers.__version__) < parse(OLDEST_TRANSFORMERS):
         f"MiniLLM needs transformers >= {OLDEST_TRANSFORMERS}, found {transformers.__version__}: "
         f"pip install -U 'transformers>={OLDEST_TRANSFORMERS},<6'"
     )
-
-FIELD_OWNERS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "prompt_is_prefix": ("attention_type", ("prefix",)),
-    "answer_start_token_id": ("attention_type", ("prefix",)),
-    "turn_token_ids": ("attention_type", ("prefix",)),
-    "mask_token_id": ("attention_type", ("prefix",)),
-    "gmask_token_id": ("attention_type", ("prefix",)),
-    "smask_token_id": ("attention_type", ("prefix",)),
-    "sop_token_id": ("attention_type", ("prefix",)),
-    "rope_interleaved": ("position_embedding_type", ("rope",)),
-    "rope_2d": ("position_embedding_type", ("rope",)),
-    "position_table_size": ("position_embedding_type", ("learned", "glm_2d")),
-    "alibi_scale": ("position_embedding_type", ("alibi",)),
-    "alibi_bias_max": ("position_embedding_type", ("alibi",)),
-    "alibi_rounding": ("position_embedding_type", ("alibi",)),
-    "sandwich_dim": ("position_embedding_type", ("sandwich",)),
-    "deepnorm_alpha": ("norm_placement", ("deepnorm",)),
-    "deepnorm_beta": ("norm_placement", ("deepnorm",)),
-    "num_parallel_norms": ("parallel_residual", (True,)),
-    **FEED_FORWARD_OWNERS,
-}
-"""Fields that say something only under certain values of another field: set anywhere else they are refused."""
-
-POSITIVE_FIELDS = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
-    "max_position_embeddings sliding_window position_table_size sandwich_dim norm_eps deepnorm_alpha "
-    "deepnorm_beta alibi_scale alibi_bias_max initializer_range"
-).split()
-UNIT_INTERVAL_FIELDS = (
-    "attention_dropout hidden_dropout embedding_dropout embedding_gradient_scale router_jitter_noise".split()
-)
-TOKEN_FIELDS = (
-    "bos_token_id eos_token_id mask_token_id gmask_token_id smask_token_id sop_token_id answer_start_token_id "
-    "turn_token_ids"
-).split()
-NO_DECODER_FIELDS = (
-    "is_encoder_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder pruned_heads "
-    "chunk_size_feed_forward"
-).split()
-"""transformers' own fields for models of other kinds, which no part of this one reads."""
-
-
-def tensor_parallel_plan(mlp_type: str, qk_norm: bool) -> dict[str, str]:
-    """How each projection is cut over ranks, by module name."""
-    plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")}
-    plan |= {"layers.*.self_attn.o_proj": "rowwise"}
-    plan |= {f"layers.*.mlp.{name}": style for name, style in MLP_PLANS[mlp_type].items()}
-    if qk_norm:
-        # One weight for all heads: a rank's gradient comes from its own heads only.
-        plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
-    return plan
-
-
-OWN_PLANS = [tensor_parallel_plan(mlp_type, qk_norm) for mlp_type in MLP_PLANS for qk_norm in (True, False)]
 
 
 @strict
@@ -283,187 +243,150 @@ class MiniLLMConfig(PreTrainedConfig):
                 f"this config has `schema_version={self.schema_version}` (written by MiniLLM {self.minillm_version}), "
                 f"but MiniLLM {__version__} understands up to {SCHEMA_VERSION}: pip install -U minillm-hf"
             )
+        saved = self.schema_version is not None
         self.minillm_version = __version__
         self.schema_version = SCHEMA_VERSION
-        self._check_extra_keys(kwargs)
-        self._derive()
+        derived = kwargs.pop("derived_fields", None if saved else {})
+        if derived is not None and not isinstance(derived, dict):
+            raise ValueError(f"`derived_fields={derived!r}` must be a dictionary: leave it out")
+        names = [*self._field_names(), *OLD_SPELLINGS]
+        if not saved:
+            refuse_misspelt(kwargs, names)
+        warn_of_unknown(kwargs, names)
+        if derived and derived.get("rope_parameters") == self.rope_parameters:
+            self.rope_parameters = None
+        rope = self._take_rope(kwargs, saved)
         # On the instance, since transformers 5.17 adds to it for tied embeddings.
         self.base_model_tp_plan = tensor_parallel_plan(self.mlp_type, self.qk_norm)
-        self.rope_parameters = take_old_spellings(self.position_embedding_type, self.rope_parameters, kwargs)
         super().__post_init__(**kwargs)
-        if self.position_embedding_type != "rope":
-            self.rope_parameters = None
+        fields = vars(self)
+        if not rope:
+            fields["rope_parameters"] = None
+        fields["derived_fields"] = derived
         self.validate_architecture()
 
-    def _check_extra_keys(self, kwargs: dict[str, Any]) -> None:
-        """Refuses keywords that are probably meant to be a field, and warns once of the others."""
-        fields = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
-        unknown = [key for key in kwargs if key not in KNOWN_EXTRA_KEYS and not key.startswith("_")]
-        for key in unknown:
-            near = difflib.get_close_matches(key, [*fields, *OLD_SPELLINGS], 1, 0.8)
-            meant = FOREIGN_SPELLINGS.get(key) or next(iter(near), None)
-            if meant is not None:
-                raise ValueError(f"`{key}={kwargs[key]!r}` is not a field of MiniLLMConfig; did you mean `{meant}`?")
-        if unknown:
-            logger.warning_once(
-                f"MiniLLMConfig keeps the unknown keys {sorted(unknown)} as they are: no part of the model reads them."
-            )
+    @classmethod
+    def _field_names(cls) -> list[str]:
+        return [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
+
+    def _take_rope(self, kwargs: dict[str, Any], saved: bool) -> bool:
+        """Reads the old spellings of RoPE from `kwargs`; returns whether there is anything said about RoPE."""
+        self.rope_parameters = take_old_spellings(self.position_embedding_type, self.rope_parameters, kwargs)
+        given = kwargs.get("rope_scaling") or self.rope_parameters or {}
+        # A saved config has a base; what lacks it was written by hand, and may mean one by a key of another library.
+        if not saved or (given.get("rope_theta") is None and kwargs.get("rope_theta") is None):
+            refuse_unknown_rope_keys(given)
+        return bool(given) or any(kwargs.get(key) is not None for key in ("rope_theta", "partial_rotary_factor"))
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        key = type(self).attribute_map.get(key, key)
+        if key not in FOLLOWED or "derived_fields" not in vars(self):
+            super().__setattr__(key, value)
+            return
+        fields = vars(self)
+        before = fields.get(key)
+        super().__setattr__(key, value)
+        if key == "rope_parameters":
+            if value is before:
+                # transformers completes the dictionary in place and assigns it.
+                return
+            if value is not None:
+                fields[key] = assigned_rope(value, before)
+        if key in DERIVED:
+            fields["derived_fields"] = {name: old for name, old in self._derived().items() if name != key}
+        self._derive()
+
+    def _derived(self) -> dict[str, Any]:
+        fields = vars(self)
+        # None, or missing in a pickle, if the config was saved before there was such a record.
+        return recognised(fields) if fields.get("derived_fields") is None else fields["derived_fields"]
 
     def _derive(self) -> None:
-        """Fills the fields that follow from others where they were left out."""
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"`hidden_size={self.hidden_size}` is not a multiple of "
-                    f"`num_attention_heads={self.num_attention_heads}`: change one of them or set `head_dim`"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        derive_feed_forward(self)
-        if self.position_table_size is None and self.position_embedding_type in ("learned", "glm_2d"):
-            self.position_table_size = self.max_position_embeddings + (self.position_embedding_type == "glm_2d")
-        if self.norm_bias is None:
-            self.norm_bias = self.norm_type == "layernorm"
-        if self.final_norm is None:
-            self.final_norm = self.norm_placement in ("pre", "sandwich")
-        if self.norm_placement == "deepnorm" and self.num_hidden_layers > 0:
-            if self.deepnorm_alpha is None:
-                self.deepnorm_alpha = (2 * self.num_hidden_layers) ** 0.25
-            if self.deepnorm_beta is None:
-                self.deepnorm_beta = (8 * self.num_hidden_layers) ** -0.25
-        if self.use_cache is None:
-            self.use_cache = self.attention_type != "bidirectional"
-        if self.base_model_tp_plan in OWN_PLANS:
-            # Not one of the user's own.
-            self.base_model_tp_plan = tensor_parallel_plan(self.mlp_type, self.qk_norm)
+        """Fills in the fields that follow from others where nobody has set them."""
+        fields = vars(self)
+        fields["derived_fields"] = derive(fields, self._derived())
+        self.base_model_tp_plan = followed_plan(self.base_model_tp_plan, fields)
 
     def validate_architecture(self) -> None:
-        """Checks the fields against one another; runs when the config is made and again when a model is built, since
-        fields may have been assigned in between: those that follow from others are filled in if they are None."""
+        """Checks the fields against one another; runs when the config is made and again when a model is built or the
+        config saved, since fields may have been assigned in between."""
         if self.is_heterogeneous:
             raise ValueError("`per_layer_config` is set, but all layers of a MiniLLM are alike: leave it out")
         self._derive()
-        self._check_ranges()
         # Not read by name from the config itself, which takes transformers three function calls for each.
-        fields, defaults = vars(self), type(self).__dataclass_fields__
-        for name, (owner, values) in FIELD_OWNERS.items():
-            nothing = (defaults[name].default, *((0,) if name in MOE_DEFAULTS else ()))
-            if fields[name] not in nothing and fields[owner] not in values:
-                raise ValueError(
-                    f"`{name}={fields[name]!r}` has no meaning with `{owner}={fields[owner]!r}`: "
-                    f"leave `{name}` out or set `{owner}` to {' or '.join(repr(value) for value in values)}"
-                )
+        fields = vars(self)
+        check_ranges(fields)
+        warn_of_tokens(fields)
+        check_owners(fields, type(self).__dataclass_fields__)
         for wrong, message in self._conflicts():
             if wrong:
                 raise ValueError(message)
-        if self.position_embedding_type == "rope":
-            check_rope(self)
+        self.validate_rope()
 
-    def _check_ranges(self) -> None:
-        fields = vars(self)
-        for name in POSITIVE_FIELDS:
-            value = fields[name]
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{name}={value}` must be positive and finite")
-        for name in UNIT_INTERVAL_FIELDS:
-            if not 0 <= fields[name] <= 1:
-                raise ValueError(f"`{name}={fields[name]}` must lie between 0 and 1")
-        for name in TOKEN_FIELDS:
-            ids = fields[name]
-            for token_id in ids if isinstance(ids, list) else [ids]:
-                if token_id is not None and not 0 <= token_id < self.vocab_size:
-                    logger.warning_once(
-                        f"`{name}={token_id}` lies outside the vocabulary of `vocab_size={self.vocab_size}` ids."
-                    )
+    def validate_rope(self) -> None:
+        """Checks `rope_parameters`, by key and value."""
+        if self.position_embedding_type == "rope":
+            self.standardize_rope_params()
+            check_rope(self)
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Pairs of (is it so, what is wrong and the way out)."""
         fields = SimpleNamespace(**vars(self))
-        blanks = [fields.mask_token_id, fields.gmask_token_id, fields.smask_token_id]
-        return [
-            (
-                fields.position_embedding_type != "rope" and bool(fields.rope_parameters),
-                f"`rope_parameters={fields.rope_parameters}` is set, but `position_embedding_type="
-                f"{fields.position_embedding_type!r}` has no rotary embedding: leave it out or set "
-                "`position_embedding_type='rope'`",
-            ),
-            (
-                fields.num_attention_heads % fields.num_key_value_heads != 0,
-                f"`num_attention_heads={fields.num_attention_heads}` is not a multiple of "
-                f"`num_key_value_heads={fields.num_key_value_heads}`: each key head serves equally many query heads",
-            ),
-            (
-                fields.norm_type == "rmsnorm" and bool(fields.norm_bias),
-                "`norm_bias=True` and `norm_type='rmsnorm'`: RMSNorm has no bias; set `norm_type='layernorm'` or "
-                "leave `norm_bias` out",
-            ),
-            (
-                fields.norm_head and fields.tie_word_embeddings,
-                "`norm_head=True` and `tie_word_embeddings=True`: a head that is normalised cannot share the "
-                "embedding; untie one of them",
-            ),
-            (
-                fields.parallel_residual and fields.norm_placement != "pre",
-                f"`parallel_residual=True` and `norm_placement={fields.norm_placement!r}`: parallel blocks are "
-                "pre-norm; set `norm_placement='pre'` or `parallel_residual=False`",
-            ),
-            (
-                bool(fields.use_cache) and fields.attention_type == "bidirectional",
-                "`use_cache=True` and `attention_type='bidirectional'`: cached tokens would have to see later ones; "
-                "leave `use_cache` out",
-            ),
-            (
-                fields.alibi_rounding != "none" and fields.attention_type != "causal",
-                f"`alibi_rounding={fields.alibi_rounding!r}` and `attention_type={fields.attention_type!r}`: this "
-                "rounding is defined by key position alone, which only a causal mask allows; "
-                "set `alibi_rounding='none'`",
-            ),
-            (
-                (fields.sliding_window or 0) >= 2**63,
-                f"`sliding_window={fields.sliding_window}` is no 64-bit number: leave it out for no window",
-            ),
-            (
-                fields.sliding_window == 1,
-                "`sliding_window=1`: a token would see itself alone; set it to 2 or more, or leave it out",
-            ),
-            (
-                (fields.answer_start_token_id is None) != (not fields.turn_token_ids),
-                f"`answer_start_token_id={fields.answer_start_token_id}` and `turn_token_ids={fields.turn_token_ids}`"
-                ": give both (the token that starts an answer, and those that start a turn of any role), or neither",
-            ),
-            *(
-                (
-                    bool(getattr(fields, name, None)),
-                    f"`{name}={getattr(fields, name, None)!r}` has no meaning in a decoder-only model: leave it out",
-                )
-                for name in NO_DECODER_FIELDS
-            ),
-            (
-                fields.scale_residual_init and fields.norm_placement == "deepnorm",
-                "`scale_residual_init=True` and `norm_placement='deepnorm'`: DeepNorm initialises these weights "
-                "itself; leave `scale_residual_init` out or set `deepnorm_beta`",
-            ),
-            (
-                fields.pad_token_id is not None and not 0 <= fields.pad_token_id < fields.vocab_size,
-                f"`pad_token_id={fields.pad_token_id}` lies outside the vocabulary (`vocab_size={fields.vocab_size}`)",
-            ),
-            (
-                (fields.sop_token_id is None) != (blanks == [None] * 3),
-                f"`sop_token_id={fields.sop_token_id}` and {blanks} for `mask_token_id`, `gmask_token_id`, "
-                "`smask_token_id`: give a blank and the token that starts what fills it together, or neither",
-            ),
-            (
-                fields.sandwich_dim % 2 != 0,
-                f"`sandwich_dim={fields.sandwich_dim}` must be even: sines and cosines come in pairs",
-            ),
-            *feed_forward_conflicts(fields),
-        ]
+        rules = (attention_conflicts, norm_conflicts, feed_forward_conflicts, token_conflicts, foreign_conflicts)
+        return [pair for rule in rules for pair in rule(fields)]
 
     def _validate_ntk_rope_parameters(self, rope_parameters: dict, ignore_keys: set[str] | None = None) -> None:
         self._check_received_keys(
             "ntk", set(rope_parameters), {"rope_type", "factor"}, {"rope_theta"}, ignore_keys=ignore_keys
         )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds a config from the dictionary of a saved one and overrides for it, which `from_pretrained` and the
+        Auto classes pass on.
+
+        Args:
+            config_dict: a key that is no field is kept with a warning.
+            kwargs: fields to set otherwise; what follows from them does. Others are left to the caller, as in
+                transformers, and given back with `return_unused_kwargs=True`.
+
+        Raises:
+            ValueError: for an override that is probably a misspelt field, and for what the constructor refuses.
+        """
+        refuse_misspelt(kwargs, [*cls._field_names(), *OLD_SPELLINGS])
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if kwargs.get(key) is not None:
+                raise ValueError(f"`{key}={kwargs[key]!r}` is no override: give the whole of `rope_parameters`")
+        # The stamp marks what it stands in as saved.
+        found = super().from_dict({"schema_version": SCHEMA_VERSION, **config_dict}, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        config.validate_architecture()
+        return found
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "MiniLLMConfig":
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Sets attributes; with the dictionary of a saved config, those that it had derived go on following."""
+        super().update({key: value for key, value in config_dict.items() if key != "derived_fields"})
+        if "derived_fields" in config_dict:
+            # What was None there is derived here already.
+            vars(self)["derived_fields"] = {**self._derived(), **config_dict["derived_fields"]}
+            self._derive()
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Writes the config, if it can be read again.
+
+        Raises:
+            ValueError: if it could not; the file is not touched.
+        """
+        try:
+            text = self.to_json_string(use_diff=use_diff)
+            self.from_dict(self._decode_special_floats(json.loads(text)))
+        except Exception as error:
+            raise ValueError(f"this config is not saved, since it could not be loaded again: {error}") from error
+        Path(json_file_path).write_text(text, "utf-8")
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MiniLLMConfig":

@@ -1,11 +1,11 @@
 """What the fields of the feed-forward mean together: defaults of a mixture of experts, contradictions, plans."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
 
 GATED_MLPS = ("glu", "moe")
 GATED_ACTS = ("gtu", "bilinear")
@@ -28,14 +28,20 @@ MLP_PLANS = {
 """How the modules of each feed-forward are cut over the ranks of tensor parallelism."""
 
 
-def derive_feed_forward(config: PreTrainedConfig) -> None:
-    """Fills the fields of the feed-forward that were left out."""
-    if config.intermediate_size is None:
-        gated_size = -(-8 * config.hidden_size // (3 * 256)) * 256
-        config.intermediate_size = gated_size if config.mlp_type in GATED_MLPS else 4 * config.hidden_size
-    for name, value in MOE_DEFAULTS.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value if config.mlp_type == "moe" else 0)
+def _intermediate_size(fields: dict[str, Any]) -> int:
+    gated_size = -(-8 * fields["hidden_size"] // (3 * 256)) * 256
+    return gated_size if fields["mlp_type"] in GATED_MLPS else 4 * fields["hidden_size"]
+
+
+def _of_experts(value: float) -> Callable[[dict[str, Any]], float]:
+    return lambda fields: value if fields["mlp_type"] == "moe" else 0
+
+
+FEED_FORWARD_RULES: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Any]]] = {
+    "intermediate_size": (("hidden_size", "mlp_type"), _intermediate_size),
+    **{name: (("mlp_type",), _of_experts(value)) for name, value in MOE_DEFAULTS.items()},
+}
+"""Derived fields of the feed-forward: the fields that decide each, and its value from a config's fields by name."""
 
 
 def feed_forward_conflicts(config: SimpleNamespace) -> list[tuple[bool, str]]:

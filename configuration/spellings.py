@@ -1,4 +1,17 @@
-"""Config keys that are not our fields: other libraries' spellings of them, and transformers' own extras."""
+"""Config keys that are not our fields: other libraries' spellings of them, and transformers' own extras.
+
+What somebody types (keywords of the constructor, overrides) is refused where it is probably a field misspelt. A saved
+config is no place for that: it may hold whatever was assigned before, and a file that was written must load.
+"""
+
+import difflib
+from collections.abc import Collection
+from types import SimpleNamespace
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 FOREIGN_SPELLINGS = {
     "n_embd": "hidden_size",
@@ -77,3 +90,84 @@ KNOWN_EXTRA_KEYS = frozenset(
     "tie_encoder_decoder pruned_heads".split()
 )
 """Keys that transformers itself reads or writes beside our fields."""
+
+NO_DECODER_FIELDS = (
+    "is_encoder_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder pruned_heads "
+    "chunk_size_feed_forward"
+).split()
+"""transformers' own fields for models of other kinds, which no part of this one reads."""
+
+ONLY_READ_ELSEWHERE = {
+    "layer_types": "sliding_window",
+    "attention_chunk_size": "sliding_window",
+    "num_kv_shared_layers": "num_key_value_heads",
+    "kv_sharing_modes": "num_key_value_heads",
+    "original_max_position_embeddings": "rope_parameters['original_max_position_embeddings']",
+}
+"""Keys that transformers' caches and RoPE would read and this model would not, and what says the same here."""
+
+
+def meant_by(keywords: dict[str, Any], names: Collection[str]) -> dict[str, str | None]:
+    """The keywords that are neither among `names` nor known to transformers, and which of `names` each is probably
+    meant to be."""
+    unknown = [key for key in keywords if not (key in names or key in KNOWN_EXTRA_KEYS or key.startswith("_"))]
+    return {
+        key: FOREIGN_SPELLINGS.get(key) or next(iter(difflib.get_close_matches(key, names, 1, 0.8)), None)
+        for key in unknown
+    }
+
+
+def refuse_misspelt(keywords: dict[str, Any], names: Collection[str]) -> None:
+    """Raises ValueError for a keyword that somebody typed and probably meant to be one of `names`."""
+    for key, meant in meant_by(keywords, names).items():
+        if meant is not None:
+            raise ValueError(f"`{key}={keywords[key]!r}` is not a field of MiniLLMConfig; did you mean `{meant}`?")
+
+
+def warn_of_unknown(keywords: dict[str, Any], names: Collection[str]) -> None:
+    """Warns once of keys that are kept and not read."""
+    found = meant_by(keywords, names)
+    for key, meant in found.items():
+        if meant is not None:
+            logger.warning_once(
+                f"MiniLLMConfig keeps `{key}={keywords[key]!r}` of a saved config as it is, but no part of the model "
+                f"reads it; did you mean `{meant}`?"
+            )
+    others = sorted(key for key, meant in found.items() if meant is None)
+    if others:
+        logger.warning_once(
+            f"MiniLLMConfig keeps the unknown keys {others} as they are: no part of the model reads them."
+        )
+
+
+def foreign_conflicts(config: SimpleNamespace) -> list[tuple[bool, str]]:
+    """Pairs of (is it so, what is wrong and the way out), for attributes that speak of a model of another kind."""
+    attributes = vars(config)
+    is_causal = attributes.get("is_causal")
+    return [
+        *(
+            (
+                bool(attributes.get(name)),
+                f"`{name}={attributes.get(name)!r}` has no meaning in a decoder-only model: leave it out",
+            )
+            for name in NO_DECODER_FIELDS
+        ),
+        *(
+            (
+                attributes.get(name) is not None,
+                f"`{name}={attributes.get(name)!r}` would be read by parts of transformers and not by the model: "
+                f"leave it out and set `{meant}`",
+            )
+            for name, meant in ONLY_READ_ELSEWHERE.items()
+        ),
+        (
+            "configuration_files" in attributes,
+            f"`configuration_files={attributes.get('configuration_files')!r}` would send transformers to another file "
+            "than the saved config: leave it out",
+        ),
+        (
+            is_causal is not None and is_causal != (config.attention_type != "bidirectional"),
+            f"`is_causal={is_causal!r}` and `attention_type={config.attention_type!r}`: transformers' masks would "
+            "follow the one, the model follows the other; leave `is_causal` out and set `attention_type`",
+        ),
+    ]

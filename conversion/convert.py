@@ -317,7 +317,7 @@ def export(
     if checkpoint.config.get("model_type") != MiniLLMConfig.model_type:
         raise ConversionError(f"{source} holds a {checkpoint.config.get('model_type')!r} model, not a MiniLLM")
     try:
-        config = MiniLLMConfig.from_dict({**checkpoint.config, **overrides})
+        config = MiniLLMConfig.from_dict(checkpoint.config, **overrides)
     except ValueError as error:
         raise ConversionError(str(error)) from error
     native_config = target.write_config(config)

@@ -64,6 +64,10 @@ def check_fill(case: dict) -> str:
 def check_config(case: dict) -> str:
     config = transformers.AutoConfig.from_pretrained(case["folder"], trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    changed = transformers.AutoConfig.from_pretrained(case["folder"], trust_remote_code=True, **case["change"])
+    for name, value in case["followed"].items():
+        if getattr(changed, name) != value:
+            return f"{name} is {getattr(changed, name)} after {case['change']}"
     return "equal" if model.num_parameters() == case["parameters"] else str(model.num_parameters())
 
 

@@ -205,8 +205,8 @@ def test_info_refuses_what_is_no_minillm_model(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text("{", "utf-8")
     assert "broken.json" in fail("info", broken)
-    broken.write_text(json.dumps({"model_type": "minillm", "hiden_size": 8}), "utf-8")
-    assert "hidden_size" in fail("info", broken)
+    broken.write_text(json.dumps({"model_type": "minillm", "norm_bias": True}), "utf-8")
+    assert "norm_type" in fail("info", broken)
 
 
 @pytest.fixture

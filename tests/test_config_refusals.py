@@ -7,14 +7,10 @@ import pytest
 from matrix_cases import tiny_config
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.configuration.configuration_minillm import (
-    FIELD_OWNERS,
-    POSITIVE_FIELDS,
-    TOKEN_FIELDS,
-    UNIT_INTERVAL_FIELDS,
-)
 from minillm.configuration.feed_forward_fields import MOE_DEFAULTS
-from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS
+from minillm.configuration.field_ranges import FIELD_OWNERS, POSITIVE_FIELDS, UNIT_INTERVAL_FIELDS
+from minillm.configuration.spellings import FOREIGN_SPELLINGS, KNOWN_EXTRA_KEYS, ONLY_READ_ELSEWHERE
+from minillm.configuration.token_fields import TOKEN_FIELDS
 
 HINTS = MiniLLMConfig.__annotations__
 OWNED = {
@@ -95,7 +91,12 @@ GPT = {"mlp_type": "mlp"}
 MOE = {"mlp_type": "moe"}
 # Fields, those assigned later, and words of the message.
 CONFLICTS = [
-    ({}, {"position_embedding_type": "alibi"}, ["rope_parameters", "position_embedding_type='alibi'"]),
+    (
+        {"rope_theta": 5e5},
+        {"position_embedding_type": "alibi"},
+        ["rope_parameters={", "position_embedding_type='alibi'"],
+    ),
+    ({}, {"num_attention_heads": 5}, ["hidden_size=32", "num_attention_heads=5", "set `head_dim`"]),
     ({"num_key_value_heads": 3}, {}, ["num_attention_heads=4", "num_key_value_heads=3"]),
     ({"hidden_act": "swish2"}, {}, ["hidden_act='swish2'", "ACT2FN", "mlp_type='glu'"]),
     ({**GPT, "hidden_act": "gtu"}, {}, ["hidden_act='gtu'", "mlp_type='mlp'", "set `mlp_type='glu'`"]),
@@ -139,6 +140,13 @@ CONFLICTS = [
     ({"attention_type": "prefix"}, {"turn_token_ids": [5]}, ["answer_start_token_id=None", "turn_token_ids=[5]"]),
     ({"attention_type": "prefix"}, {"answer_start_token_id": 5}, ["answer_start_token_id=5", "turn_token_ids=None"]),
     *(({name: value}, {}, [f"{name}={value!r}", "decoder-only"]) for name, value in FOREIGN.items()),
+    *(
+        ({}, {name: 3}, [f"`{name}=3`", f"set `{meant}`", "parts of transformers"])
+        for name, meant in ONLY_READ_ELSEWHERE.items()
+    ),
+    ({}, {"configuration_files": ["config.4.0.json"]}, ["configuration_files=", "another file"]),
+    ({}, {"is_causal": False}, ["is_causal=False", "attention_type='causal'"]),
+    ({"attention_type": "bidirectional"}, {"is_causal": True}, ["is_causal=True", "attention_type='bidirectional'"]),
     ({"position_embedding_type": "sandwich", "sandwich_dim": 5}, {}, ["sandwich_dim=5", "must be even"]),
 ]
 

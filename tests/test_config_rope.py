@@ -20,7 +20,7 @@ def message_of(make):
 ROPE_WORDS = [
     ({"base": 5e5}, ["rope_parameters['base']", "did you mean `rope_theta`"]),
     ({"rope_thetta": 5e5}, ["rope_parameters['rope_thetta']", "did you mean `rope_theta`"]),
-    ({"factor": 2.0}, ["rope_parameters['factor']", "rope_type='default'", "leave it out"]),
+    ({"stretch": 2.0}, ["rope_parameters['stretch']", "leave it out", "original_max_position_embeddings"]),
     ({"full_attention": {"rope_theta": 1e4}}, ["rope_parameters['full_attention']", "leave it out"]),
     ({"rope_type": "linear"}, ["linear", "factor", "add them"]),
     ({"rope_type": "ntk"}, ["ntk", "factor", "add them"]),
@@ -34,7 +34,7 @@ ROPE_WORDS = [
     ({"rope_type": "linear", "factor": 0.0}, ["rope_parameters['factor']=0.0"]),
     ({"rope_type": "ntk", "factor": "2"}, ["rope_parameters['factor']='2'"]),
     ({"partial_rotary_factor": -0.5}, ["rope_parameters['partial_rotary_factor']=-0.5"]),
-    ({"partial_rotary_factor": 0.1}, ["head_dim=8", "partial_rotary_factor=0.1", "0 rotary"]),
+    ({"partial_rotary_factor": 0.1}, ["head_dim=8", "['partial_rotary_factor']=0.1", "0 rotary"]),
     ({"partial_rotary_factor": 0.4}, ["head_dim=8", "3 rotary", "multiple of 2"]),
     ({"partial_rotary_factor": 1.5}, ["head_dim=8", "12 rotary", "at most `head_dim`"]),
     (

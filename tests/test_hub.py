@@ -116,12 +116,10 @@ def test_wrong_shape(saved):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"hiden_size": 3}, "hidden_size"),
-        ({"rms_norm_eps": 1e-5}, "norm_eps"),
         ({"attention_type": "casual"}, "attention_type"),
         ({"schema_version": 99}, "pip install -U minillm-hf"),
     ],
-    ids=["misspelt", "foreign", "unknown-value", "newer-schema"],
+    ids=["unknown-value", "newer-schema"],
 )
 def test_wrong_config_key(saved, fields, words):
     edit_config(saved, **fields)

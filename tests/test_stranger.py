@@ -112,7 +112,16 @@ def test_a_stranger_loads_every_class_and_variant(tmp_path):
     config.save_pretrained(tmp_path / "config")
     parameters = MiniLLMForCausalLM(config).num_parameters()
     folder = str(tmp_path / "config")
-    cases.append({"name": "config", "folder": folder, "auto_class": "AutoConfig", "parameters": parameters})
+    cases.append(
+        {
+            "name": "config",
+            "folder": folder,
+            "auto_class": "AutoConfig",
+            "parameters": parameters,
+            "change": {"norm_placement": "post", "num_attention_heads": 8},
+            "followed": {"final_norm": False, "num_key_value_heads": 8, "head_dim": 4},
+        }
+    )
     saved = tokenizer()
     saved.save_pretrained(tmp_path / "tokenizer")
     cases.append(
