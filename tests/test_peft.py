@@ -8,6 +8,7 @@ import torch
 from training_cases import (
     VARIANTS,
     VOCABULARY,
+    checkpointing,
     collator_for,
     counting_documents,
     largest_difference,
@@ -205,10 +206,7 @@ def test_lora_with_gradient_checkpointing_trains_the_same(variant, reentrant, tm
     collator = collator_for(variant)
     rows = pack_dataset(counting_documents(20), collator)
     runs = []
-    for arguments in (
-        {},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
-    ):
+    for arguments in ({}, checkpointing(use_reentrant=reentrant)):
         torch.manual_seed(0)
         model = peft.get_peft_model(tiny_model(variant), adapter_config("lora"))
         trainer = make_trainer(model, rows, collator, tmp_path, max_steps=3, optim="sgd", **arguments)
