@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
 
+import deprecations
 import pytest
 import torch
 
@@ -32,6 +33,15 @@ def one_copy_of_the_package():
     rooms = {"configuration", "modeling_minillm", "tokenization", "conversion", "training", "evaluation", "cli"}
     second = rooms & set(sys.modules)
     assert not second, f"imported from the repository root instead of as minillm.*: {sorted(second)}"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--deprecations", action="store_true", help="fail where transformers says a name is deprecated")
+
+
+def pytest_configure(config):
+    if config.getoption("--deprecations"):
+        deprecations.turn_into_failures()
 
 
 def pytest_collection_modifyitems(items):

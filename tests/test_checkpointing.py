@@ -7,7 +7,14 @@ import pytest
 import torch
 from matrix_cases import loud_model, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_cases import counting_documents, losses, make_trainer, tiny_model
+from training_cases import (
+    checkpointing,
+    counting_documents,
+    enable_checkpointing,
+    losses,
+    make_trainer,
+    tiny_model,
+)
 
 from minillm.training import DataCollatorForCausalLM, selective_checkpointing
 
@@ -49,7 +56,7 @@ def test_gradients_are_the_same_and_work_is_not_done_twice(variant, length):
         ("attention", selective_checkpointing()),
         ("matmul", selective_checkpointing("matmul")),
     ):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        enable_checkpointing(model, **kwargs)
         own_loss, gradients, found[name] = run(model, ids)
         assert own_loss == loss
         for own, other in zip(gradients, expected, strict=True):
@@ -64,14 +71,9 @@ def test_gradients_are_the_same_and_work_is_not_done_twice(variant, length):
 def test_in_the_trainer(tmp_path):
     found = {}
     for keep in (None, "attention"):
-        checkpointing = {}
-        if keep is not None:
-            checkpointing = {
-                "gradient_checkpointing": True,
-                "gradient_checkpointing_kwargs": selective_checkpointing(keep),
-            }
+        arguments = {} if keep is None else checkpointing(**selective_checkpointing(keep))
         collator = DataCollatorForCausalLM(max_length=32, pad_token_id=0)
-        trainer = make_trainer(tiny_model(), counting_documents(24), collator, tmp_path, max_steps=3, **checkpointing)
+        trainer = make_trainer(tiny_model(), counting_documents(24), collator, tmp_path, max_steps=3, **arguments)
         trainer.train()
         found[keep] = losses(trainer)
     assert found["attention"] == pytest.approx(found[None], abs=1e-5)

@@ -111,6 +111,12 @@ def llama(tmp_path):
     return native_model("llama_gqa_tied"), tmp_path / "tiny.gguf"
 
 
+def test_a_title_is_passed_over(llama):
+    native, file = llama
+    model = load(write_gguf(file, native, **{"general.name": "A title"}))
+    torch.testing.assert_close(logits_of(model), logits_of(native), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_gqa_tied", "llama_mqa"])
 def test_logits_tokenizer_and_generation_config(name, tmp_path):
     native = native_model(name.replace("mqa", "gqa_tied"))

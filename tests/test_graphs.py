@@ -123,6 +123,9 @@ class Logits(torch.nn.Module):
 @each_case(("prefix_alibi", packed))
 def test_onnx(name, kind, tmp_path):
     model = build(name)
+    if name == "moe":
+        # transformers' own products over groups are unknown to ONNX, in Mixtral too.
+        model.set_experts_implementation("batched_mm")
     inputs = kind(model.config, 2, 24)
     program = torch.onnx.export(
         Logits(model, list(inputs)).eval(),

@@ -9,10 +9,11 @@ import weakref
 import pytest
 import torch
 from matrix_cases import loud_model, tiny_config
+from training_cases import enable_checkpointing
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from minillm.cache import GrowingLayer, with_room
+from minillm.cache import CACHE_NAME, GrowingLayer, with_room
 from minillm.tuning import tuning
 
 
@@ -298,16 +299,16 @@ def test_which_caches_get_room(monkeypatch):
     windowed = loud_model(tiny_config(sliding_window=4))
     model = loud_model(tiny_config())
     ids = torch.full((1, 3), 5)
-    assert kinds_of(model(ids, use_cache=True).past_key_values) == {GrowingLayer}
-    assert GrowingLayer not in kinds_of(windowed(ids, use_cache=True).past_key_values)
+    assert kinds_of(getattr(model(ids, use_cache=True), CACHE_NAME)) == {GrowingLayer}
+    assert GrowingLayer not in kinds_of(getattr(windowed(ids, use_cache=True), CACHE_NAME))
     own = {"with config": DynamicCache(config=model.config), "without": DynamicCache()}
     for cache in own.values():
-        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, past_key_values=cache)
+        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, **{CACHE_NAME: cache})
         assert type(cache) is DynamicCache
         assert kinds_of(cache) == {GrowingLayer}
         assert all(layer.room is not None for layer in cache.layers)
     used = layers_used(monkeypatch)
-    for options in ({"cache_implementation": "static"}, {"use_cache": False}, {"past_key_values": OwnCache()}):
+    for options in ({"cache_implementation": "static"}, {"use_cache": False}, {CACHE_NAME: OwnCache()}):
         model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, **options)
     assert not used
 
@@ -361,7 +362,7 @@ def test_a_step_with_a_filled_cache_makes_no_layers():
 
 def test_checkpointing_leaves_a_cache_of_the_caller_alone():
     model = loud_model(tiny_config()).train()
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     ids = torch.full((2, 5), 5)
     cache = DynamicCache(config=model.config)
     loss = model(ids, labels=ids, past_key_values=cache).loss
@@ -382,7 +383,7 @@ def test_a_graph_without_breaks_takes_an_empty_cache(given):
     output = compiled(ids[:, :5], past_key_values=given and given(config=model.config), use_cache=True)
     expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(output.logits, expected[:, :5])
-    torch.testing.assert_close(model(ids[:, 5:], past_key_values=output.past_key_values).logits, expected[:, 5:])
+    torch.testing.assert_close(model(ids[:, 5:], past_key_values=getattr(output, CACHE_NAME)).logits, expected[:, 5:])
 
 
 @torch.no_grad()
@@ -396,6 +397,6 @@ def test_a_cache_with_room_serves_another_model_and_a_compiled_one():
     expected = model(ids, use_cache=False).logits
     cache = with_room(DynamicCache(config=model.config))
     for each, start, end in ((model, 0, 4), (model, 4, 5), (compiled, 5, 6), (model, 6, 8), (llama, 8, 9)):
-        torch.testing.assert_close(each(ids[:, start:end], past_key_values=cache).logits, expected[:, start:end])
+        torch.testing.assert_close(each(ids[:, start:end], **{CACHE_NAME: cache}).logits, expected[:, start:end])
         # A compiled step joins: it would be compiled anew for each move to other room.
         assert all((layer.room is None) == (each is compiled or end == 4) for layer in cache.layers)

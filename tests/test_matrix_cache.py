@@ -23,7 +23,7 @@ from matrix_cases import (
 from reference import reference_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from minillm.cache import with_room
+from minillm.cache import CACHE_NAME, with_room
 from minillm.tuning import tuning
 
 CASES = dict(attention_cases(("causal", "prefix")))
@@ -164,7 +164,7 @@ def test_packed_prefill_into_an_empty_cache(empty):
 @torch.no_grad()
 def test_document_ids_are_refused_with_a_filled_cache():
     model = loud_model(tiny_config())
-    cache = model(torch.ones(1, 3, dtype=torch.long), use_cache=True).past_key_values
+    cache = getattr(model(torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_NAME)
     with pytest.raises(ValueError, match="document_ids"):
         model(
             torch.ones(1, 2, dtype=torch.long),
@@ -198,7 +198,7 @@ def test_rope_that_follows_the_length_equals_llama_step_by_step(rope_type):
     caches = DynamicCache(), DynamicCache()
     for start, end in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 11), (11, 12)):
         got, expected = (
-            each(tokens[:, start:end], past_key_values=cache).logits
+            each(tokens[:, start:end], **{CACHE_NAME: cache}).logits
             for each, cache in zip((model, llama), caches, strict=True)
         )
         assert_close(got, expected.double(), f"tokens {start} to {end}")

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from training_cases import (
     VARIANTS,
+    checkpointing,
     collator_for,
     counting_documents,
     largest_difference,
@@ -84,12 +85,7 @@ def test_accumulation_and_packing_equal_the_big_unpacked_batch(variant, tmp_path
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 def test_gradient_checkpointing_changes_nothing(variant, reentrant, tmp_path):
     expected = one_run(variant, tmp_path)
-    found = one_run(
-        variant,
-        tmp_path,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
-    )
+    found = one_run(variant, tmp_path, **checkpointing(use_reentrant=reentrant))
     assert largest_difference(found[0], expected[0]) < 1e-7
     assert found[1] == pytest.approx(expected[1], abs=1e-7)
 

@@ -80,6 +80,19 @@ def sft_collator(variant, **arguments):
     )
 
 
+def checkpointing(**options):
+    """Arguments of the Trainer that checkpoint each layer, by the names of this transformers."""
+    names = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": options}
+
+
+def enable_checkpointing(model, **options):
+    """Has a model checkpoint each layer, by the method of this transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None)
+
+
 def make_trainer(model, dataset, collator, folder, eval_dataset=None, **arguments):
     """The stock Trainer on the CPU, which logs each step and saves nothing unless asked."""
     settings = {

@@ -22,7 +22,8 @@ def _policy(operators: tuple[str, ...], context: Any, operator: Any, *args: Any,
 
 
 def selective_checkpointing(keep: str = "attention") -> dict[str, Any]:
-    """`gradient_checkpointing_kwargs` for `model.gradient_checkpointing_enable` that keep some results of each layer.
+    """`gradient_checkpointing_kwargs` that keep some results of each layer, for `model.gradient_checkpointing_enable`
+    and `TrainingArguments`; transformers 5.24 calls all three `activation_checkpointing...`.
 
     Args:
         keep: `"attention"`, what attention returns: of all that a layer computes the dearest to make anew for its size
