@@ -65,7 +65,7 @@ class MiniLLMAttention(nn.Module):
         self.num_key_value_groups = heads // key_heads
         self.scaling = head_dim**-0.5
         self.is_causal = config.attention_type != "bidirectional"
-        self.sliding_window = effective_window(config)
+        self.sliding_window = effective_window(config.sliding_window)
         self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)

@@ -92,8 +92,9 @@ def attention_inputs(call: Call, paged: bool = False) -> AttentionInputs:
     Raises:
         ValueError: for a back end that cannot honour the variant, or cannot read the caller's own mask.
     """
-    check_back_end(call, paged)
+    # Read once: a name costs transformers six function calls.
     implementation = call.config._attn_implementation
+    check_back_end(call, implementation, paged)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     own = call.given.own_mask
     if own is None:
@@ -102,14 +103,13 @@ def attention_inputs(call: Call, paged: bool = False) -> AttentionInputs:
     return AttentionInputs(function, own) if paged else with_own_mask(call, function)
 
 
-def check_back_end(call: Call, paged: bool) -> None:
+def check_back_end(call: Call, implementation: str, paged: bool) -> None:
     """Refuses a variant, or documents, that the chosen back end cannot honour: at once where it is known, also while
     tracing; by an assertion of the device where positions tell of documents in a traced graph."""
     config, device, inputs_embeds = call.config, call.device, call.inputs_embeds
     if device == "meta":
         return
-    implementation, restarts = config._attn_implementation, call.tokens.restarts
-    kind = kind_of(implementation)
+    kind, restarts = kind_of(implementation), call.tokens.restarts
     direction = "backward" if torch.is_grad_enabled() and inputs_embeds.requires_grad else "forward"
     # Engines keep the requests in a row apart by themselves, and so does transformers' flash attention where positions
     # restart, in a single row only.
@@ -228,7 +228,7 @@ def runs_in_blocks(call: Call, is_open: bool) -> bool:
     """Whether attention pays off in blocks: on CPU, over fresh keys that are not few, and in no graph. Where no mask
     is needed but the causal one (`is_open`), SDPA has its own way with many tokens, and with full attention."""
     geometry = call.geometry
-    if call.device != "cpu" or is_tracing(call.inputs_embeds) or not geometry.is_square:
+    if call.device != "cpu" or not geometry.is_square or is_tracing(call.inputs_embeds):
         return False
     longest = tuning.plain_blocks_up_to if is_causal_square(geometry) else 0
     return geometry.query_length > tuning.blocks_from and (not is_open or geometry.query_length <= longest)

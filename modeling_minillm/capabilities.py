@@ -58,6 +58,8 @@ REFUSALS = (
     Refusal("dropout", "flex", "*", "backward", FLEX_DROPOUT_REASON),
 )
 
+REFUSED_KINDS = frozenset(row.kind for row in REFUSALS)
+
 KINDS = {
     "eager": "eager",
     "sdpa": "sdpa",
@@ -112,8 +114,10 @@ def refusal(
         direction: `"forward"`, `"backward"`, `"generate"` or `"*"` for refusals that hold in every direction.
         extra_features: features of the call rather than of the config, e.g. `("documents",)`.
     """
-    features = features_of(config).union(extra_features)
     kind = kind_of(implementation)
+    if kind not in REFUSED_KINDS:
+        return None
+    features = features_of(config).union(extra_features)
     for row in REFUSALS:
         applies = row.kind == kind and row.device in ("*", device) and row.direction in ("*", direction)
         if applies and row.feature in features:

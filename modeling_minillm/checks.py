@@ -21,6 +21,7 @@ UNREAD_TENSORS = frozenset(
     "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx cache_position "
     "num_items_in_batch shift_labels".split()
 )
+FEW = 64
 PER_TOKEN = ("position_ids", "prefix_mask", "document_ids", "block_position_ids")
 
 
@@ -58,8 +59,12 @@ def require(ok: torch.Tensor, message: str) -> None:
 def extremes(tensor: torch.Tensor) -> tuple[float, float] | None:
     """The least and the largest value where they may be looked at, which costs a step of decoding less than comparing
     each; None elsewhere."""
-    if is_tracing(tensor) or tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or is_tracing(tensor):
         return None
+    if tensor.numel() <= FEW and not tensor.is_floating_point():
+        # A step of decoding has few, of which Python is told at once.
+        values = tensor.flatten().tolist()
+        return min(values), max(values)
     least, largest = tensor.aminmax()
     return least.item(), largest.item()
 

@@ -16,9 +16,8 @@ from minillm.configuration.configuration_minillm import MiniLLMConfig
 LONGEST_INDEX = torch.iinfo(torch.int32).max
 
 
-def effective_window(config: MiniLLMConfig) -> int | None:
-    """The sliding window, or None if it reaches beyond the longest index."""
-    window = vars(config)["sliding_window"]
+def effective_window(window: int | None) -> int | None:
+    """A config's `sliding_window`, or None if it reaches beyond the longest index."""
     return None if window is None or window > LONGEST_INDEX else window
 
 
@@ -104,6 +103,7 @@ def read_geometry(config: MiniLLMConfig, tokens: torch.Tensor, cache: Cache | No
         cache: what the new tokens follow upon, if anything.
     """
     batch, length = tokens.shape[:2]
+    fields = vars(config)
     query_offset, key_length, key_offset = 0, length, 0
     if cache is not None:
         key_length, key_offset = cache.get_mask_sizes(length, 0)
@@ -118,6 +118,6 @@ def read_geometry(config: MiniLLMConfig, tokens: torch.Tensor, cache: Cache | No
         key_offset,
         getattr(cache, "is_compileable", False),
         tokens.device,
-        vars(config)["attention_type"] != "bidirectional",
-        effective_window(config),
+        fields["attention_type"] != "bidirectional",
+        effective_window(fields["sliding_window"]),
     )

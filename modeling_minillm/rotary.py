@@ -100,7 +100,9 @@ class MiniLLMRotaryEmbedding(nn.Module):
         """Cosines and sines along one axis, each frequency twice as `rope_interleaved` lays them out, with the sine
         negative for the first of a pair."""
         angles = position_ids[..., None].float() * inv_freq.to(device=x.device, dtype=torch.float)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
         if self.interleaved:
             cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
         else:
