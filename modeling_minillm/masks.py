@@ -56,7 +56,12 @@ def visibility(geometry: Geometry, tokens: Tokens) -> tuple[Callable, int]:
 
 def is_plain(geometry: Geometry, tokens: Tokens) -> bool:
     """Whether the mask is all of a causal (or full) square, or a last row that sees every key."""
-    if tokens.real is not None or tokens.documents is not None or tokens.blocks is not None:
+    return tokens.real is None and hides_padding_alone(geometry, tokens)
+
+
+def hides_padding_alone(geometry: Geometry, tokens: Tokens) -> bool:
+    """Whether that is so but for keys that are padding."""
+    if tokens.documents is not None or tokens.blocks is not None:
         return False
     # Exported for any length, the mask of a window is always there.
     if geometry.window is not None and (torch.compiler.is_exporting() or geometry.key_length > geometry.window):
@@ -69,6 +74,11 @@ def is_plain(geometry: Geometry, tokens: Tokens) -> bool:
 
 def dense_mask(geometry: Geometry, tokens: Tokens) -> torch.Tensor:
     """The mask as a boolean tensor [B or 1, 1, Q, K]."""
+    if tokens.real is not None and geometry.query_length == 1 and hides_padding_alone(geometry, tokens):
+        # The rule below for the last slot, at a tenth of its price, which each step of decoding would pay.
+        last = geometry.at_keys(tokens.real).clone()
+        last[:, -1] = True
+        return last[:, None, None, :]
     visible, rows = visibility(geometry, tokens)
     # ONNX indexes in 64 bits only.
     dtype = torch.int64 if is_tracing(tokens.position_ids) else INDEX_DTYPE
