@@ -1,7 +1,7 @@
 """`minillm generate`: continue prompts, batched or streamed, and fill their blanks."""
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import typer
@@ -12,17 +12,30 @@ from minillm.tokenization.glm_layout import GLMTokens, find_glm_tokens
 from minillm.tokenization.literal_text import LiteralReading, read_literally
 
 
-def run(
-    model_name: str,
-    prompts: list[str] | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    num_beams: int,
-    seed: int,
-    stream: bool,
-    special_tokens: bool,
-) -> None:
+class Decoding(NamedTuple):
+    """How tokens are chosen; a `temperature` of 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    num_beams: int
+    seed: int
+
+    def options(self) -> dict[str, Any]:
+        """The keywords of `generate()`.
+
+        Raises:
+            ValueError: `top_p` without sampling.
+        """
+        common = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+        if self.temperature > 0:
+            return {**common, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        if self.top_p < 1.0:
+            raise ValueError(f"--top-p {self.top_p} needs sampling: set --temperature above 0")
+        return {**common, "do_sample": False}
+
+
+def run(model_name: str, prompts: list[str] | None, decoding: Decoding, stream: bool, special_tokens: bool) -> None:
     """Prints each prompt with its continuation, or with its blanks filled.
 
     The strings of special tokens in a prompt are text unless `special_tokens` has them read; blanks and start tokens
@@ -35,16 +48,13 @@ def run(
     prompts = prompts or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts or not all(prompts):
         raise ValueError("no prompt: give some as arguments, or one per line on the standard input")
-    if stream and (len(prompts) > 1 or num_beams > 1):
+    if stream and (len(prompts) > 1 or decoding.num_beams > 1):
         raise ValueError("--stream prints one prompt without beams as it comes; give one prompt and no --num-beams")
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    if not sampling and top_p < 1.0:
-        raise ValueError(f"--top-p {top_p} needs sampling: set --temperature above 0")
+    options = decoding.options()
     tokenizer = load_pretrained(AutoTokenizer, model_name, "tokenizer", padding_side="left")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(model_name, allow_adapter=True).to(device)
-    set_seed(seed)
-    options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **(sampling or {"do_sample": False})}
+    set_seed(decoding.seed)
     glm = glm_tokens(model, tokenizer)
     reading = read_prompts(tokenizer, prompts, glm, special_tokens)
     tokenizer, prompts = reading.tokenizer, [reading.hide(prompt) for prompt in prompts]

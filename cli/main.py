@@ -152,9 +152,10 @@ def generate(
 ) -> None:
     """Continue prompts; with a prefix model, fill [MASK], [sMASK] and [gMASK] in those that hold such a blank."""
     with one_line_errors():
-        from minillm.cli.generation_run import run
+        from minillm.cli.generation_run import Decoding, run
 
-        run(model, prompts, max_new_tokens, temperature, top_p, num_beams, seed, stream, special_tokens)
+        decoding = Decoding(max_new_tokens, temperature, top_p, num_beams, seed)
+        run(model, prompts, decoding, stream, special_tokens)
 
 
 @app.command()

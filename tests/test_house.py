@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import minillm
+from benchmarks.code import MOST_LINES, MOST_PARAMETERS, functions_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,3 +103,28 @@ def test_version_is_one():
 
 def test_py_typed_ships():
     assert (Path(minillm.__file__).parent / "py.typed").exists()
+
+
+MANY_PARAMETERS = {
+    "FlashInPartsBackward.forward": "an autograd.Function",
+    "push_to_hub": "transformers' signature",
+    "MiniLLMModel.forward": "public",
+    "MiniLLMForCausalLM.forward": "public",
+    "MiniLLMForSequenceClassification.forward": "public",
+    "MiniLLMForTokenClassification.forward": "public",
+    "MiniLLMForQuestionAnswering.forward": "public",
+    "apply_template_literally": "the signature of transformers' `apply_chat_template`",
+    "MiniLLMTokenizer.train_from_iterator": "transformers' `train_new_from_iterator`, and options of the trainers",
+    "train": "a command",
+    "generate": "a command",
+}
+"""Functions of more than 8 parameters, and why."""
+
+
+def test_functions_are_short():
+    rooms = [path for folder in setup_dict().values() for path in sorted((ROOT / folder).glob("*.py"))]
+    functions = [function for path in rooms for function in functions_of(path, ROOT)]
+    assert len(functions) > 500
+    assert [function for function in functions if function.lines > MOST_LINES] == []
+    many = {function.place.split(":")[1] for function in functions if function.parameters > MOST_PARAMETERS}
+    assert many == set(MANY_PARAMETERS)
