@@ -17,7 +17,7 @@ from minillm.configuration.presets import PRESETS
 from minillm.description import describe
 from minillm.folded_alibi import is_foldable
 from minillm.fused_loss import find_liger
-from minillm.positions import POSITION_BIASES
+from minillm.position_schemes import POSITION_BIASES
 from minillm.tuning import tuning
 
 

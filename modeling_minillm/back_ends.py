@@ -24,8 +24,8 @@ from minillm.folded_alibi import FoldedBias, fold_alibi, folded_attention_forwar
 from minillm.geometry import Geometry
 from minillm.masks import blocked_mask, dense_mask, flex_mask, is_plain
 from minillm.position_bias import PositionBias
-from minillm.positions import POSITION_BIASES
-from minillm.tokens import Tokens, positions_of_keys
+from minillm.position_schemes import POSITION_BIASES
+from minillm.token_facts import Tokens, positions_of_keys
 from minillm.tuning import tuning
 
 

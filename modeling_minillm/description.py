@@ -8,7 +8,7 @@ from minillm.checks import GivenTokens
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.geometry import read_geometry
 from minillm.masks import dense_mask
-from minillm.tokens import read_tokens
+from minillm.token_facts import read_tokens
 
 POSITIONS = {
     "rope": "rotary position embedding (RoPE)",

@@ -11,7 +11,7 @@ from minillm.cache import CACHE_NAME
 from minillm.capabilities import check, refusal
 from minillm.checks import check_prompts, require, require_integers
 from minillm.infilling import continue_positions, glm_inputs
-from minillm.positions import POSITION_BIASES
+from minillm.position_schemes import POSITION_BIASES
 from minillm.prompts import find_prompts, number_prompts
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.positions import POSITION_TABLES
+from minillm.position_schemes import POSITION_TABLES
 from minillm.tokenization.glm_layout import (
     IGNORE_INDEX,
     GLMContext,

@@ -12,7 +12,7 @@ from transformers.utils.import_utils import is_tracing
 from minillm.blocked_attention import Block, BlockedMask, Scores
 from minillm.geometry import Geometry
 from minillm.position_bias import PositionBias
-from minillm.tokens import Tokens
+from minillm.token_facts import Tokens
 
 INDEX_DTYPE = torch.int32
 """Of 32 bits, which take a CPU a sixth of the time of 64 to subtract."""

@@ -56,11 +56,11 @@ from minillm.infilling import MiniLLMInfillingMixin
 from minillm.initialization import initialize, mark_gains
 from minillm.loss import causal_lm_loss, join_router_loss, refuse_router_logits, skips_logits
 from minillm.normalization import NORMS, identity
-from minillm.positions import POSITION_EMBEDDINGS, POSITION_TABLES
+from minillm.position_schemes import POSITION_EMBEDDINGS, POSITION_TABLES
 from minillm.residual import residual_of
 from minillm.rotary import MiniLLMRotaryEmbedding, follows_length
 from minillm.tensor_parallel import local_heads
-from minillm.tokens import Tokens, document_lengths, read_tokens
+from minillm.token_facts import Tokens, document_lengths, read_tokens
 from minillm.tuning import tuning
 
 logger = logging.get_logger(__name__)

@@ -79,7 +79,7 @@ class MiniLLMRotaryEmbedding(nn.Module):
         Args:
             position_ids, block_position_ids: [B or 1, Q].
             lengths: of each token's document [B or 1, Q or 1], where the frequencies follow it; see
-                `minillm.tokens.document_lengths`. Left out, a row is one document, all of it given.
+                `minillm.token_facts.document_lengths`. Left out, a row is one document, all of it given.
         """
         if lengths is None and self.by_length is not None:
             lengths = position_ids.amax(-1, keepdim=True) + 1

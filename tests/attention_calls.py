@@ -3,7 +3,7 @@
 from minillm.back_ends import Call, attention_inputs
 from minillm.checks import GivenTokens
 from minillm.geometry import read_geometry
-from minillm.tokens import read_tokens
+from minillm.token_facts import read_tokens
 
 
 def call_of(config, inputs_embeds, cache=None, heads=None, **given):

@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from variant_cases import GENERATIVE, VARIANTS, inputs_of, model_of, tokens
 
-import minillm.tokens
+import minillm.token_facts
 from minillm import MiniLLMConfig
 from minillm.rotary import MiniLLMRotaryEmbedding
 
@@ -159,7 +159,7 @@ ZEROS = torch.tensor([[0, 1, 2, 3, 0, 0, 0, 0]])
 @pytest.fixture
 def warnings_of(monkeypatch):
     told = []
-    monkeypatch.setattr(minillm.tokens.logger, "warning_once", lambda message: told.append(message))
+    monkeypatch.setattr(minillm.token_facts.logger, "warning_once", lambda message: told.append(message))
 
     def run(model, **inputs):
         told.clear()

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from minillm.conversion.transforms import _normalise_rows
 from minillm.normalization import NORMS
 from minillm.position_embeddings import sinusoidal_embedding
-from minillm.positions import POSITION_BIASES
+from minillm.position_schemes import POSITION_BIASES
 from minillm.rotary import MiniLLMRotaryEmbedding
 from minillm.training.vocabulary import fill_rows
 

@@ -23,7 +23,7 @@ from minillm.attention import eager_attention_forward
 from minillm.evaluation.perplexity import token_nll
 from minillm.feed_forward import MiniLLMExperts, MiniLLMRouter
 from minillm.loss import linear_cross_entropy, load_balancing_loss
-from minillm.positions import POSITION_BIASES
+from minillm.position_schemes import POSITION_BIASES
 from minillm.tuning import tuning
 
 

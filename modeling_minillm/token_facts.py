@@ -22,7 +22,7 @@ from minillm.checks import (
 )
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.geometry import Geometry
-from minillm.positions import POSITION_TABLES
+from minillm.position_schemes import POSITION_TABLES
 from minillm.prompts import document_starts, running_max
 
 logger = logging.get_logger(__name__)
