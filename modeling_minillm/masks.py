@@ -24,31 +24,30 @@ def visibility(geometry: Geometry, tokens: Tokens) -> tuple[Callable, int]:
     (causal and window, or in the same block), in the same document, at a real key. A token always sees itself, so that
     no row of a padding token is empty.
     """
-    query_offset, key_offset, window = geometry.query_offset, geometry.key_offset, geometry.window
-    documents, blocks, real = tokens.documents, tokens.blocks, tokens.real
-    facts = {
-        "documents": None if documents is None else (documents, geometry.new_at_keys(documents)),
-        "blocks": None if blocks is None else (blocks, geometry.new_at_keys(blocks)),
-        "real": None if real is None else (geometry.at_keys(real),),
-    }
+    query_offset, key_offset = geometry.query_offset, geometry.key_offset
+    is_causal, window = geometry.is_causal, geometry.window
+    facts = [tokens.documents, tokens.blocks, tokens.real]
     # Not by `max`, which a graph of a batch of any size cannot hold.
-    rows = geometry.batch if any(fact[0].shape[0] != 1 for fact in facts.values() if fact is not None) else 1
-    facts = {name: fact and tuple(part.expand(rows, -1).contiguous() for part in fact) for name, fact in facts.items()}
+    rows = geometry.batch if any(fact is not None and fact.shape[0] != 1 for fact in facts) else 1
+    # Each a name of its own, a tensor [rows, Q or K] or None: flex attention compiles the predicate, and torch looks
+    # for what it captured there, in whatever predicate comes next.
+    documents, blocks, real_keys = (None if fact is None else fact.expand(rows, -1).contiguous() for fact in facts)
+    document_keys = None if documents is None else geometry.new_at_keys(documents).contiguous()
+    block_keys = None if blocks is None else geometry.new_at_keys(blocks).contiguous()
+    real_keys = None if real_keys is None else geometry.at_keys(real_keys).contiguous()
 
     def visible(batch, head, query, key):
         distance = (query + query_offset) - (key + key_offset)
-        allowed = distance >= 0 if geometry.is_causal else distance == distance
+        allowed = distance >= 0 if is_causal else distance == distance
         if window is not None:
             allowed = allowed & (distance.abs() < window)
         row = batch if rows > 1 else 0
-        if facts["blocks"] is not None:
-            of_query, of_key = facts["blocks"]
-            allowed = allowed | ((of_query[row, query] > 0) & (of_query[row, query] == of_key[row, key]))
-        if facts["documents"] is not None:
-            of_query, of_key = facts["documents"]
-            allowed = allowed & (of_query[row, query] == of_key[row, key])
-        if facts["real"] is not None:
-            allowed = (allowed & facts["real"][0][row, key]) | (distance == 0)
+        if blocks is not None:
+            allowed = allowed | ((blocks[row, query] > 0) & (blocks[row, query] == block_keys[row, key]))
+        if documents is not None:
+            allowed = allowed & (documents[row, query] == document_keys[row, key])
+        if real_keys is not None:
+            allowed = (allowed & real_keys[row, key]) | (distance == 0)
         return allowed
 
     return visible, rows

@@ -82,10 +82,10 @@ def train(corpus, tmp_path_factory):
         notes = Notes()
         notes.out = tmp_path_factory.mktemp("runs") / "out"
         with pytest.MonkeyPatch.context() as patch:
-            stock = training_run.Trainer
+            stock = training_run.LogitFreeTrainer
             patch.setattr(
                 training_run,
-                "Trainer",
+                "LogitFreeTrainer",
                 lambda *given, callbacks, **named: stock(*given, callbacks=[*callbacks, notes], **named),
             )
             succeed("train", "--data", corpus, "--out", notes.out, "--batch-size", 2, *arguments)

@@ -12,7 +12,7 @@ PYTHON = re.compile(r"^```python\n(.*?)^```\n(?:\n^```text\n(.*?)^```)?", re.M |
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = PYTHON.findall(PAGE.read_text("utf-8"))
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     shown, names = 0, {}
     for code, output in blocks:
         capsys.readouterr()
