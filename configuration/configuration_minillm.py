@@ -381,12 +381,30 @@ class MiniLLMConfig(PreTrainedConfig):
         Raises:
             ValueError: if it could not; the file is not touched.
         """
+        self._check_json()
         try:
             text = self.to_json_string(use_diff=use_diff)
             self.from_dict(self._decode_special_floats(json.loads(text)))
         except Exception as error:
             raise ValueError(f"this config is not saved, since it could not be loaded again: {error}") from error
         Path(json_file_path).write_text(text, "utf-8")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers.
+
+        Raises:
+            ValueError: for fields that contradict one another, or that no file could hold; nothing is written.
+        """
+        self.validate_architecture()
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def _check_json(self) -> None:
+        """Refuses, by its name, what JSON cannot hold."""
+        for key, value in self.to_dict().items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ValueError(f"this config is not saved, since `{key}={value!r}` cannot be: {error}") from error
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MiniLLMConfig":

@@ -161,8 +161,11 @@ def check_rope(config: PreTrainedConfig) -> None:
 def _warn_of_unread(rope: dict[Any, Any], rope_type: str, read: Iterable[str]) -> None:
     unread = sorted(str(key) for key in rope if key not in read)
     if unread:
+        near = {key: difflib.get_close_matches(key, read, 1, 0.8) for key in unread}
+        hints = [f" Did you mean {found[0]!r} by {key!r}?" for key, found in near.items() if found]
         logger.warning_once(
             f"`rope_parameters` keeps the keys {unread} as they are: `rope_type={rope_type!r}` does not read them."
+            + "".join(hints)
         )
 
 

@@ -12,7 +12,7 @@ from minillm.cache import CACHE_NAME
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.geometry import effective_window
 from minillm.normalization import NORMS, identity
-from minillm.rotary import apply_rotary, pair_swap
+from minillm.rotary import apply_rotary, pairs_of
 
 
 def eager_attention_forward(
@@ -73,7 +73,7 @@ class MiniLLMAttention(nn.Module):
         norm = NORMS[config.norm_type] if config.qk_norm else None
         self.q_norm = norm(config, head_dim) if norm else identity
         self.k_norm = norm(config, head_dim) if norm else identity
-        self.swap = pair_swap(config)
+        self.pairs = pairs_of(config)
         self.dropout = config.attention_dropout
 
     def forward(
@@ -90,7 +90,7 @@ class MiniLLMAttention(nn.Module):
             hidden_states: [batch, Q, hidden].
             attention_mask, attention_function: as `minillm.back_ends.attention_inputs` chooses them; without a
                 function, that of the back end which the config names.
-            position_embeddings: cosines and signed sines [batch or 1, Q, rotary channels], or None without RoPE.
+            position_embeddings: cosines and sines [batch or 1, Q, rotary channels], or None without RoPE.
             kwargs: the cache, which takes this layer's keys and values, under `CACHE_NAME`; the rest, such as
                 `position_bias`, is for the attention function.
 
@@ -103,8 +103,7 @@ class MiniLLMAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if position_embeddings is not None:
-            query = apply_rotary(query, *position_embeddings, self.swap)
-            key = apply_rotary(key, *position_embeddings, self.swap)
+            query, key = apply_rotary(query, key, *position_embeddings, self.pairs)
         cache: Cache | None = kwargs.pop(CACHE_NAME, None)
         if cache is not None:
             # A paged cache reads its indices from the keyword arguments, and adds what its kernel needs.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
@@ -132,14 +133,14 @@ def for_eager(call: Call, function: Callable) -> AttentionInputs:
 
 def for_sdpa(call: Call, function: Callable) -> AttentionInputs:
     """Nothing for plain causal attention, else what spares its kernels the most: ALiBi folded, blocks on CPU, a dense
-    mask with the bias in it."""
-    geometry = call.geometry
-    if folds(call):
+    mask with the bias in it. A function of somebody's own under the name gets one of the first and the last."""
+    geometry, is_own = call.geometry, function is sdpa_attention_forward
+    if is_own and folds(call):
         folded = fold_alibi(call.config, geometry.query_length, autocast_dtype(call.inputs_embeds), geometry.device)
         folded = folded if call.heads is None else folded.of_heads(call.heads)
         return AttentionInputs(folded_attention_forward, None, folded)
     is_open = not call.has_bias and is_plain(geometry, call.tokens)
-    if runs_in_blocks(call, is_open):
+    if is_own and runs_in_blocks(call, is_open):
         return AttentionInputs(blocked_attention_forward, blocked_mask(geometry, call.tokens, call.bias()))
     if is_open:
         return AttentionInputs(function)

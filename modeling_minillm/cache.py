@@ -15,6 +15,9 @@ from minillm.tuning import tuning
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this transformers calls the key/value cache; it was `past_key_values` before 5.24."""
 
+NEVER = 2**62
+"""A setting of `tuning.growing_elements` that leaves all caches as they are."""
+
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     """The cache, given under its name or under its older one, of which a warning tells where it is the older one.
@@ -150,12 +153,12 @@ def with_room(cache: Cache | None) -> Cache | None:
     """Gives the plain layers of an empty `DynamicCache` room to grow; returns the cache, whatever it is.
 
     A cache that holds tokens, a subclass, and layers of other kinds, or offloaded ones, stay what they are. So does a
-    cache in a graph of a compiler, which joins in any case.
+    cache in a graph of a compiler, which joins in any case, and any cache if `tuning.growing_elements` says never.
     """
     # First what a step of decoding meets, so that it pays next to nothing.
     if type(cache) is not DynamicCache or (cache.layers and type(cache.layers[0]) is GrowingLayer):
         return cache
-    if torch.compiler.is_compiling() or cache.offloading or cache.get_seq_length():
+    if torch.compiler.is_compiling() or cache.offloading or tuning.growing_elements >= NEVER or cache.get_seq_length():
         return cache
     # Without a config the cache makes its layers as they are needed.
     if cache.layer_class_to_replicate is DynamicLayer:

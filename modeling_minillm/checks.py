@@ -46,20 +46,25 @@ class GivenTokens(NamedTuple):
         return None if self.padding is not None else self.attention_mask
 
 
+def is_transformed() -> bool:
+    """Whether a transform of functions, such as `torch.func.vmap`, is at work, in which no value may be looked at."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def require(ok: torch.Tensor, message: str) -> None:
     """Raises ValueError(message) unless `ok` holds everywhere: at once on CPU; by an assertion of the device, a
-    RuntimeError, on CUDA and in a traced graph."""
+    RuntimeError, on CUDA and in a traced graph; not at all within transforms of functions."""
     if is_tracing(ok) or ok.device.type == "cuda":
-        if ok.device.type in ASSERTING_DEVICES:
+        if ok.device.type in ASSERTING_DEVICES and not is_transformed():
             torch._assert_async(ok.all(), message)
-    elif ok.device.type == "cpu" and not bool(ok.all()):
+    elif ok.device.type == "cpu" and not is_transformed() and not bool(ok.all()):
         raise ValueError(message)
 
 
 def extremes(tensor: torch.Tensor) -> tuple[float, float] | None:
     """The least and the largest value where they may be looked at, which costs a step of decoding less than comparing
     each; None elsewhere."""
-    if tensor.device.type != "cpu" or is_tracing(tensor):
+    if tensor.device.type != "cpu" or is_tracing(tensor) or is_transformed():
         return None
     if tensor.numel() <= FEW and not tensor.is_floating_point():
         # A step of decoding has few, of which Python is told at once.
@@ -157,7 +162,8 @@ def read_padding(mask: torch.Tensor) -> torch.Tensor | None:
             "go into `document_ids`",
         )
     real = mask.to(torch.bool)
-    if ends is None and not is_tracing(mask) and mask.device.type != "meta" and bool(real.all()):
+    unknown = ends is None and not (is_tracing(mask) or is_transformed())
+    if unknown and mask.device.type != "meta" and bool(real.all()):
         # An accelerator is asked: without a mask it runs kernels that are worth it.
         return None
     return real

@@ -275,7 +275,7 @@ def push_to_hub(
 
 def install() -> None:
     """Wraps the saving methods and replaces the uploading one, once."""
-    if "save_pretrained" in vars(MiniLLMConfig):
+    if "push_to_hub" in vars(MiniLLMConfig):
         return
     MiniLLMConfig.save_pretrained = config_save(MiniLLMConfig.save_pretrained)
     MiniLLMTokenizer.save_pretrained = tokenizer_save(MiniLLMTokenizer.save_pretrained)

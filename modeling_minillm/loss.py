@@ -146,8 +146,13 @@ def causal_lm_loss(
     target = shift_labels.reshape(-1).to(hidden_states.device)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     total = linear_cross_entropy(hidden, head.weight, target, head.bias, ignore_index)
-    count = (target != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+    if num_items_in_batch is None:
+        count = (target != ignore_index).sum()
+        # With nothing to score the mean is no number, as a mean of losses; but its gradients are 0, and not NaN.
+        return total / count.clamp(min=1) + torch.where(count > 0, 0.0, torch.nan)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
 
 
 def why_logits(model: PreTrainedModel) -> str | None:
@@ -166,6 +171,8 @@ def skips_logits(
         ValueError: if it was asked for and cannot be.
     """
     asked = "`skip_logits=True`"
+    if not isinstance(wanted, bool | None):
+        raise ValueError(f"`skip_logits={wanted!r}` must be True, False or None (as the config says)")
     if wanted is None:
         wanted = model.config.skip_logits and model.training and labels is not None
         asked += " in the config"

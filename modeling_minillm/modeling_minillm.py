@@ -61,7 +61,7 @@ from minillm.residual import residual_of
 from minillm.rotary import MiniLLMRotaryEmbedding, follows_length
 from minillm.tensor_parallel import local_heads
 from minillm.token_facts import Tokens, document_lengths, read_tokens
-from minillm.tuning import tuning
+from minillm.tuning import TuningOfModel
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +95,7 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
     config: MiniLLMConfig
     config_class = MiniLLMConfig
     base_model_prefix = "model"
-    tuning = tuning
+    tuning = TuningOfModel()
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniLLMDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]

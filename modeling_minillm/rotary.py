@@ -5,6 +5,7 @@ Shapes: B batch, H heads, Q new tokens, D channels of a head. Positions are inte
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -73,8 +74,7 @@ class MiniLLMRotaryEmbedding(nn.Module):
         block_position_ids: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns cosines and signed sines [B or 1, Q, rotary channels] in the dtype of `x`; both axes side by side
-        in 2D. The sines are negative for the first of each pair, see `apply_rotary`.
+        """Returns cosines and sines [B or 1, Q, rotary channels] in the dtype of `x`; both axes side by side in 2D.
 
         Args:
             position_ids, block_position_ids: [B or 1, Q].
@@ -97,16 +97,15 @@ class MiniLLMRotaryEmbedding(nn.Module):
     def rotate(
         self, x: torch.Tensor, position_ids: torch.Tensor, inv_freq: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines along one axis, each frequency twice as `rope_interleaved` lays them out, with the sine
-        negative for the first of a pair."""
+        """Cosines and sines along one axis, each frequency twice as `rope_interleaved` lays them out."""
         angles = position_ids[..., None].float() * inv_freq.to(device=x.device, dtype=torch.float)
         cos, sin = angles.cos(), angles.sin()
         if self.attention_scaling != 1:
             cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
         if self.interleaved:
-            cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+            cos, sin = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
         else:
-            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
@@ -149,9 +148,19 @@ def swap_halves(x: torch.Tensor) -> torch.Tensor:
     return x.roll(x.shape[-1] // 2, dims=-1)
 
 
+def sign_halves(sin: torch.Tensor) -> torch.Tensor:
+    """Turns the sign for the first of each pair."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
+
+
 def swap_halves_of_axes(x: torch.Tensor) -> torch.Tensor:
     """The same in each half of the channels, one for either position axis."""
     return swap_halves(x.unflatten(-1, (2, -1))).flatten(-2)
+
+
+def sign_halves_of_axes(sin: torch.Tensor) -> torch.Tensor:
+    return sign_halves(sin.unflatten(-1, (2, -1))).flatten(-2)
 
 
 def swap_neighbours(x: torch.Tensor) -> torch.Tensor:
@@ -159,21 +168,36 @@ def swap_neighbours(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-def pair_swap(config: MiniLLMConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function that swaps what RoPE rotates together."""
+def sign_neighbours(sin: torch.Tensor) -> torch.Tensor:
+    return sign_halves(sin.unflatten(-1, (-1, 2))).flatten(-2)
+
+
+class Pairs(NamedTuple):
+    """How channels that RoPE rotates together lie: what swaps them, what turns the sign of the first one's sine."""
+
+    swap: Callable[[torch.Tensor], torch.Tensor]
+    sign: Callable[[torch.Tensor], torch.Tensor]
+
+
+def pairs_of(config: MiniLLMConfig) -> Pairs:
     if config.rope_interleaved:
-        return swap_neighbours
-    return swap_halves_of_axes if config.rope_2d else swap_halves
+        return Pairs(swap_neighbours, sign_neighbours)
+    return Pairs(swap_halves_of_axes, sign_halves_of_axes) if config.rope_2d else Pairs(swap_halves, sign_halves)
 
 
 def apply_rotary(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, swap: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """Rotates the first channels of `x` [B, H, Q, D] by `cos` and the signed `sin` [B or 1, Q, rotary channels]; the
-    rest stays. A pair (a, b) becomes (a cos - b sin, b cos + a sin): the swapped pair times the signed sine."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: Pairs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates the first channels of queries and keys [B, H, Q, D] by `cos` and `sin` [B or 1, Q, rotary channels]; the
+    rest stays. A pair (a, b) becomes (a cos - b sin, b cos + a sin): the swapped pair times the sine, whose sign is
+    turned once for both, which costs less than turning the channels of each."""
+    cos, sin = cos.unsqueeze(1), pairs.sign(sin).unsqueeze(1)
+    return rotate_pairs(query, cos, sin, pairs), rotate_pairs(key, cos, sin, pairs)
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     rotary_dim = cos.shape[-1]
     if rotary_dim == x.shape[-1]:
-        return x * cos + swap(x) * sin
+        return x * cos + pairs.swap(x) * sin
     rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    return torch.cat((rotary * cos + swap(rotary) * sin, rest), dim=-1)
+    return torch.cat((rotary * cos + pairs.swap(rotary) * sin, rest), dim=-1)

@@ -95,5 +95,20 @@ class Tuning:
             raise AttributeError(f"`tuning` has no {name!r}: {hint}")
         super().__setattr__(name, checked(name, value))
 
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        # Read-only mappings can be neither copied nor pickled.
+        values = (getattr(self, name) for name in self.__dataclass_fields__)
+        return type(self), tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
+
+
+class TuningOfModel:
+    """The attribute `tuning` of models: the one object of the process, which no other can replace."""
+
+    def __get__(self, model: Any, owner: type) -> Tuning:
+        return tuning
+
+    def __set__(self, model: Any, value: Any) -> None:
+        raise AttributeError("`model.tuning` is one object for all models: set a field, `model.tuning.NAME = value`")
+
 
 tuning = Tuning()

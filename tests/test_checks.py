@@ -309,3 +309,20 @@ def test_embeddings_and_ids_that_are_no_tensors_are_named(wrong):
     ):
         assert "`inputs_embeds` is a" in refusal_of(model, input_ids=None, inputs_embeds=wrong)
         assert "`input_ids` is a" in refusal_of(model, input_ids=wrong)
+
+
+def test_gradients_of_each_sample():
+    """Transforms of functions look at no value: `vmap` has none to show."""
+    model, ids = model_of("causal_rope"), tokens(batch=3)
+    weights = dict(model.named_parameters())
+
+    def loss(weights, row):
+        inputs = {"input_ids": row[None], "labels": row[None], "use_cache": False}
+        return torch.func.functional_call(model, weights, (), inputs).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, ids)
+    for number, row in enumerate(ids):
+        model.zero_grad()
+        model(row[None], labels=row[None]).loss.backward()
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(found[name][number], weight.grad, atol=1e-5, rtol=1e-4)

@@ -152,3 +152,19 @@ def test_whatever_is_assigned_is_saved_and_loaded_or_refused(name, tmp_path):
         read = plain(MiniLLMConfig.from_pretrained(tmp_path))
         if name not in READ_OTHERWISE and value is not None:
             assert read == plain(config), value
+
+
+def test_a_contradiction_is_a_value_error_when_it_is_saved(tmp_path):
+    config = tiny_config()
+    config.deepnorm_beta = 0.5
+    with pytest.raises(ValueError, match="deepnorm_beta"):
+        config.save_pretrained(tmp_path / "config")
+    assert not (tmp_path / "config" / "config.json").exists()
+
+
+def test_what_no_file_can_hold_is_refused_by_its_name(tmp_path):
+    config = tiny_config()
+    config.colours = {"red"}
+    with pytest.raises(ValueError, match="`colours="):
+        config.save_pretrained(tmp_path / "config")
+    assert not (tmp_path / "config" / "config.json").exists()

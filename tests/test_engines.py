@@ -14,9 +14,12 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     StaticCache,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from variant_cases import tokens
 
 from minillm import MiniLLMForCausalLM
@@ -199,3 +202,39 @@ def test_a_layer_by_itself_asks_for_the_back_end_of_the_config():
         outputs.append(attention(states, attention_mask=visible, position_embeddings=rotary))
     torch.testing.assert_close(outputs[0][0], outputs[1][0])
     assert outputs[0][1].shape == (1, 4, 5, 5) and outputs[1][1] is None
+
+
+def test_the_rotary_embedding_and_a_layer_are_llamas():
+    """Tables in the meaning that transformers gives them, so that either's may be handed to either's layer."""
+    config = tiny_config(num_key_value_heads=2)
+    own = loud_model(config).eval()
+    names = LlamaConfig.__dataclass_fields__
+    fields = {name: value for name, value in config.to_dict().items() if name in names and name != "architectures"}
+    stock = LlamaForCausalLM(LlamaConfig(**{**fields, "rms_norm_eps": config.norm_eps})).eval()
+    stock.load_state_dict(own.state_dict())
+    states = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(3, 10)[None]
+    tables = own.model.rotary_emb(states, positions), stock.model.rotary_emb(states, positions)
+    for found, expected in zip(*tables, strict=True):
+        torch.testing.assert_close(found, expected)
+    for each in tables:
+        found, expected = (
+            model.model.layers[0](states, position_embeddings=each, attention_mask=None) for model in (own, stock)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "alibi"}, {"attention_type": "prefix"}], ids=str)
+@pytest.mark.parametrize("length", [20, 200, 1200])
+def test_a_function_of_ones_own_under_the_name_of_sdpa_is_called(fields, length, monkeypatch):
+    model, calls = loud_model(tiny_config(max_position_embeddings=1200, **fields)).eval(), []
+    ids = tokens(1, length)
+    expected = model(ids).logits
+
+    def own(*args, **kwargs):
+        calls.append(args)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", own)
+    torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=1e-4)
+    assert len(calls) == model.config.num_hidden_layers

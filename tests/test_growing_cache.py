@@ -12,8 +12,9 @@ from matrix_cases import loud_model, tiny_config
 from training_cases import enable_checkpointing
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.executorch import register_dynamic_cache_export_support
 
-from minillm.cache import CACHE_NAME, GrowingLayer, with_room
+from minillm.cache import CACHE_NAME, NEVER, GrowingLayer, with_room
 from minillm.tuning import tuning
 
 
@@ -400,3 +401,19 @@ def test_a_cache_with_room_serves_another_model_and_a_compiled_one():
         torch.testing.assert_close(each(ids[:, start:end], **{CACHE_NAME: cache}).logits, expected[:, start:end])
         # A compiled step joins: it would be compiled anew for each move to other room.
         assert all((layer.room is None) == (each is compiled or end == 4) for layer in cache.layers)
+
+
+def test_a_cache_that_never_grows_goes_through_pytrees(monkeypatch):
+    """transformers flattens caches for `torch.export`, if all of their layers are its own."""
+    monkeypatch.setattr(tuning, "growing_elements", NEVER)
+    register_dynamic_cache_export_support()
+    model = loud_model(tiny_config(position_embedding_type="alibi"))
+    ids = torch.randint(3, 19, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = getattr(model(ids[:, :5], use_cache=True), CACHE_NAME)
+        leaves, structure = torch.utils._pytree.tree_flatten(cache)
+        again = torch.utils._pytree.tree_unflatten(leaves, structure)
+        step = {"input_ids": ids[:, 5:]}
+        expected = model(**step, past_key_values=cache).logits
+        torch.testing.assert_close(model(**step, past_key_values=again).logits, expected)
+    assert len(leaves) == 2 * model.config.num_hidden_layers

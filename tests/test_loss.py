@@ -259,3 +259,20 @@ def test_trainer_learns_the_same(tmp_path):
         found[skip] = losses(trainer)
     assert len(found[True]) > 2
     assert found[True] == pytest.approx(found[False], abs=1e-5)
+
+
+def test_nothing_to_score_leaves_the_weights_alone():
+    """A mean over no token is no number, but its gradients are 0, as those of transformers' own models."""
+    ids = torch.randint(3, 19, (2, 6), generator=torch.Generator().manual_seed(0))
+    for skip in (True, False):
+        model = loud_model(tiny_config()).train()
+        output = model(ids, labels=torch.full_like(ids, -100), skip_logits=skip)
+        output.loss.backward()
+        assert output.loss.isnan() and (output.logits is None) == skip
+        assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_skip_logits_is_true_or_false():
+    ids = torch.randint(3, 19, (1, 4), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="`skip_logits='no'`"):
+        loud_model(tiny_config())(ids, labels=ids, skip_logits="no")

@@ -93,12 +93,12 @@ ROPES = {
 
 
 def exact_rotation(config, frequencies, factor):
-    """Cosines and signed sines of one axis at the positions of `FAR`, and their angles, in float64."""
+    """Cosines and sines of one axis at the positions of `FAR`, and their angles, in float64."""
     angles = torch.tensor(FAR, dtype=torch.float64)[:, None] * torch.as_tensor(frequencies, dtype=torch.float64)
     cos, sin = angles.cos() * factor, angles.sin() * factor
     if config.rope_interleaved:
-        return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2), angles.repeat_interleave(2, -1)
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), torch.cat((angles, angles), -1)
+        return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), angles.repeat_interleave(2, -1)
+    return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), torch.cat((angles, angles), -1)
 
 
 def assert_exact_rotation(rotary, config, frequencies, factor, dtype):

@@ -1,6 +1,8 @@
 """The numbers that decide how work is done: what may be set, what the documentation says, and a stranger's copy."""
 
 import ast
+import copy
+import pickle
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -79,3 +81,18 @@ def test_a_setting_holds_in_a_strangers_copy(tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     case = {"name": "model", "folder": str(tmp_path / "model"), "auto_class": "tuning"}
     assert visit([case], tmp_path) == {"model": "set"}
+
+
+def test_no_other_object_takes_its_place():
+    model = tiny()
+    with pytest.raises(AttributeError, match="one object for all models"):
+        model.tuning = Tuning()
+    assert model.tuning is tuning
+
+
+def test_settings_are_copied_and_pickled():
+    settings = Tuning(least_room=7, chunk_logits={"cpu": 5, "cuda": 6})
+    for other in (copy.copy(settings), copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
+        assert other == settings and other is not settings
+        with pytest.raises(AttributeError, match="least_room"):
+            other.least_rom = 1
