@@ -63,7 +63,8 @@ def read_tokens(config: MiniLLMConfig, geometry: Geometry, given: GivenTokens) -
     real = read_real(geometry, given.padding)
     real_new = None if real is None else geometry.at_queries(real)
     # Rows of the learned table of each axis; what stands at padding is read from it all the same.
-    sizes = [config.position_table_size if axis < tables else None for axis in (0, 1)] if tables else [None, None]
+    size = config.position_table_size if tables else None
+    sizes = size, size if tables > 1 else None
     given_positions = read_positions(geometry, given.position_ids, real_new, sizes[0])
     block_position_ids = read_block_positions(geometry, given.block_position_ids, real_new, sizes[1])
     documents, restarts = read_documents(geometry, given, real_new, given_positions)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from matrix_cases import tiny_config
+from native_families import ROPE_TYPES
 from transformers.utils import logging
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
@@ -14,25 +15,7 @@ from minillm.configuration.rope_fields import ALL_ROPE_KEYS, COMMON_ROPE_KEYS, R
 from minillm.rotary import MiniLLMRotaryEmbedding
 
 # Rotary channels 8: four frequencies.
-BASES = {
-    "default": {},
-    "linear": {"factor": 2.0},
-    "dynamic": {"factor": 2.0},
-    "ntk": {"factor": 2.0},
-    "yarn": {"factor": 2.0, "original_max_position_embeddings": 16},
-    "llama3": {
-        "factor": 2.0,
-        "original_max_position_embeddings": 16,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    },
-    "longrope": {
-        "factor": 2.0,
-        "original_max_position_embeddings": 16,
-        "short_factor": [1.0, 1.1, 1.2, 1.3],
-        "long_factor": [1.5, 2.0, 2.5, 3.0],
-    },
-}
+BASES = {**ROPE_TYPES, "ntk": {"factor": 2.0}}
 NUMBERS = [
     *(math.nan, math.inf, -math.inf, 0, 0.0, -0.0, -1, -0.5, True, False, None),
     *(1, 2, 16, 0.5, 1.0, 1.5, 4.0, 10000, 5e5, 4.5e10, 1e-300, 1e-12, 1e-10, 1e6, 1e7, 1e16, 1e30, 1e300),
