@@ -163,9 +163,15 @@ class MiniLLMGenerationMixin:
             # Where the bias asks for the distance to cached tokens, their positions go along.
             shown = total if self.config.position_embedding_type in POSITION_BIASES else count
             inputs |= {"position_ids": first[:, -shown:], "block_position_ids": second[:, -count:]}
-        # PEFT's prompt learning looks for the cache under its older name.
-        inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
+        if self._learns_prompts():
+            # PEFT looks for the cache under its older name.
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         return inputs
+
+    def _learns_prompts(self) -> bool:
+        """Whether PEFT's prompt learning generates, which puts a method of its own in the place of that above."""
+        adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        return getattr(getattr(adapted, "active_peft_config", None), "is_prompt_learning", False)
 
     @staticmethod
     def _total_length(kwargs: dict[str, Any], count: int) -> int:

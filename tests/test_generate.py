@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from matrix_cases import VOCAB, assert_close, double_weights, loud_model, tiny_config
+from peft import LoraConfig, get_peft_model
 from reference import reference_greedy, reference_logits
 from transformers import (
     CompileConfig,
@@ -466,3 +467,14 @@ def test_continuous_batching_of_what_a_paged_cache_cannot_serve_is_refused(field
     model = loud_model(tiny_config(**fields))
     with pytest.raises(ValueError, match="paged cache"):
         model.generate_batch(inputs=[[3, 4, 5]], generation_config=GenerationConfig(max_new_tokens=2))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "LoRA"])
+def test_nothing_deprecated_is_handed_to_forward(adapted, options, recwarn):
+    model = loud_model(tiny_config(num_key_value_heads=2))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)) if adapted else model
+    ids = torch.randint(3, 19, (1, 6), generator=torch.Generator().manual_seed(0))
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, **options)
+    # PEFT uses old names of its own.
+    assert not [str(each.message) for each in recwarn if "past_key_values" in str(each.message)]
