@@ -87,9 +87,14 @@ def require_integers(name: str, tensor: torch.Tensor, allow_bool: bool = False) 
         raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected {expected}")
 
 
+def is_one_of(size: int, sizes: tuple[int, ...]) -> bool:
+    """`size in sizes`, which Dynamo (torch 2.13) answers by identity for a symbol and a number."""
+    return any(size == each for each in sizes)
+
+
 def require_shape(name: str, tensor: torch.Tensor, batch: int, lengths: tuple[int, ...], meaning: str) -> None:
     """Raises ValueError unless `tensor` is [batch or 1, one of the lengths]."""
-    if tensor.ndim != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] not in lengths:
+    if tensor.ndim != 2 or not (is_one_of(tensor.shape[0], (1, batch)) and is_one_of(tensor.shape[1], lengths)):
         allowed = " or ".join(f"[{batch}, {length}]" for length in dict.fromkeys(lengths))
         raise ValueError(f"`{name}` has shape {list(tensor.shape)}; expected {allowed} ({meaning})")
 
@@ -172,8 +177,8 @@ def read_padding(mask: torch.Tensor) -> torch.Tensor | None:
 def check_own_mask(mask: torch.Tensor | BlockMask, batch: int, heads: int, queries: int, keys: int) -> None:
     """The shape of a caller's own mask, [B or 1, 1 or H, Q, K]."""
     shape = tuple(mask.shape)
-    right = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (queries, keys)
-    if not right:
+    right = len(shape) == 4 and is_one_of(shape[0], (1, batch)) and is_one_of(shape[1], (1, heads))
+    if not (right and shape[2] == queries and shape[3] == keys):
         raise ValueError(
             f"`attention_mask` has shape {list(shape)}; expected 2D [batch, cached and new tokens] or 4D "
             f"[1 or {batch}, 1 or {heads}, {queries}, {keys}] (batch, heads, new tokens, keys)"
@@ -283,7 +288,7 @@ def read_text_labels(labels: torch.Tensor, batch: int, classes: int, problem_typ
     if problem_type == "single_label_classification":
         return read_labels("labels", labels.flatten(), torch.Size([batch]), classes)
     shapes = [(batch, classes), *([(batch,)] if classes == 1 else [])]
-    if tuple(labels.shape) not in shapes:
+    if not any(labels.shape == torch.Size(shape) for shape in shapes):
         expected = " or ".join(str(list(shape)) for shape in reversed(shapes))
         raise ValueError(f"`labels` has shape {list(labels.shape)}; expected {expected} for {problem_type}")
     return labels if labels.is_floating_point() else labels.float()
@@ -301,7 +306,7 @@ def read_answer_spans(
     spans = []
     for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
         require_integers(name, positions)
-        if tuple(positions.shape) not in ((batch,), (batch, 1)):
+        if positions.shape != (batch,) and positions.shape != (batch, 1):
             raise ValueError(f"`{name}` has shape {list(positions.shape)}; expected [{batch}]")
         require(positions.long() >= 0, f"`{name}` hold a negative index; no answer is one beyond the last token")
         spans.append(positions.long().flatten())
@@ -318,7 +323,7 @@ def check_logits_to_keep(wanted: int | torch.Tensor, batch: int, tokens: int) ->
         return
     require_integers("logits_to_keep", wanted, allow_bool=True)
     shape = tuple(wanted.shape)
-    if wanted.dtype == torch.bool and shape not in ((batch, tokens), (tokens,)):
+    if wanted.dtype == torch.bool and shape != (batch, tokens) and shape != (tokens,):
         raise ValueError(
             f"`logits_to_keep` is a mask of shape {list(shape)}; expected {[batch, tokens]} or {[tokens]}"
         )

@@ -12,6 +12,7 @@ import sys
 import deprecations
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 torch.set_num_threads(1)
 
@@ -33,6 +34,13 @@ def one_copy_of_the_package():
     rooms = {"configuration", "modeling_minillm", "tokenization", "conversion", "training", "evaluation", "cli"}
     second = rooms & set(sys.modules)
     assert not second, f"imported from the repository root instead of as minillm.*: {sorted(second)}"
+
+
+@pytest.fixture(autouse=True)
+def attention_functions_of_transformers():
+    """A test must not leave an attention function of its own to those after it."""
+    yield
+    assert not ALL_ATTENTION_FUNCTIONS._local_mapping, "give attention functions back: setitem on `_local_mapping`"
 
 
 def pytest_addoption(parser):

@@ -8,7 +8,12 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.integrations.executorch import convert_and_export_with_cache
 from variant_cases import VARIANTS, config_of, inputs_of, make_loud, tokens
 
-from minillm import MiniLLMForCausalLM
+from minillm import (
+    MiniLLMForCausalLM,
+    MiniLLMForQuestionAnswering,
+    MiniLLMForSequenceClassification,
+    MiniLLMForTokenClassification,
+)
 
 ROPE = {"rope_theta": 100.0, "factor": 4.0}
 LONGROPE = {"original_max_position_embeddings": 16, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -95,6 +100,43 @@ def test_compiled(name, kind):
     assert_equals_eager(model, kind, lambda inputs: compiled(**inputs, use_cache=False).logits, shapes)
     # Short texts may be worked through otherwise where a window hides nothing of them.
     assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+ONES = torch.ones(tokens().shape, dtype=torch.long)
+COUNTED = torch.arange(tokens().shape[1]).expand_as(ONES).contiguous()
+LOWER = torch.ones(*ONES.shape, ONES.shape[1], dtype=torch.bool).tril()[:, None]
+# (head, further fields, inputs that the first calls did not have)
+NEW_INPUTS = {
+    "mask": (MiniLLMForCausalLM, {}, {"attention_mask": ONES}),
+    "own_mask": (MiniLLMForCausalLM, {}, {"attention_mask": LOWER}),
+    "document_ids": (MiniLLMForCausalLM, {}, {"document_ids": ONES}),
+    "document_ids_of_one_row": (MiniLLMForCausalLM, {}, {"document_ids": ONES[:1]}),
+    "position_ids": (MiniLLMForCausalLM, {}, {"position_ids": COUNTED}),
+    "prefix_mask": (MiniLLMForCausalLM, {}, {"prefix_mask": (COUNTED < 4).long()}),
+    "labels": (MiniLLMForCausalLM, {}, {"labels": tokens()}),
+    "logits_to_keep": (MiniLLMForCausalLM, {}, {"logits_to_keep": COUNTED >= 4}),
+    "rows_of_logits": (MiniLLMForCausalLM, {}, {"logits_to_keep": ONES[:, :2]}),
+    "class": (MiniLLMForSequenceClassification, {"num_labels": 3}, {"labels": ONES[:, 0]}),
+    "classes": (MiniLLMForSequenceClassification, {"num_labels": 3}, {"labels": torch.eye(3)[:2]}),
+    "token_classes": (MiniLLMForTokenClassification, {"num_labels": 3}, {"labels": ONES}),
+    "answers": (MiniLLMForQuestionAnswering, {}, {"start_positions": ONES[:, 0], "end_positions": ONES[:, 0]}),
+}
+
+
+@pytest.mark.parametrize("case", NEW_INPUTS)
+@torch.no_grad()
+def test_an_input_that_is_new_to_a_compiled_model(case):
+    """Sizes that changed are symbols in its graph, and those of the new input are numbers."""
+    head, fields, inputs = NEW_INPUTS[case]
+    model = make_loud(head(config_of("prefix_rope", num_hidden_layers=1, **fields)))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for shape in [(3, 5), (4, 6)]:
+        compiled(input_ids=tokens(*shape), use_cache=False)
+    expected = model(input_ids=tokens(), use_cache=False, **inputs)
+    got = compiled(input_ids=tokens(), use_cache=False, **inputs)
+    torch.testing.assert_close(got.to_tuple(), expected.to_tuple(), atol=1e-5, rtol=1e-5)
     torch.compiler.reset()
 
 
