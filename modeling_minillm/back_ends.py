@@ -16,9 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
 from minillm.attention import eager_attention_forward
-from minillm.blocked_attention import BlockedMask, autocast_dtype, blocked_attention_forward
+from minillm.blocked_attention import BlockedMask, autocast_dtype, blocked_attention_forward, pays_in_blocks
 from minillm.cache import CACHE_NAME
-from minillm.capabilities import check, kind_of, refusal
+from minillm.capabilities import BLOCKS, check, kind_of, refusal
 from minillm.checks import GivenTokens, check_own_mask, require
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.folded_alibi import FoldedBias, fold_alibi, folded_attention_forward, is_foldable
@@ -96,7 +96,9 @@ def attention_inputs(call: Call, paged: bool = False) -> AttentionInputs:
     # Read once: a name costs transformers six function calls.
     implementation = call.config._attn_implementation
     check_back_end(call, implementation, paged)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    # Under either name MiniLLM decides by itself what runs in blocks, and keeps documents apart.
+    name = "sdpa" if implementation == BLOCKS else implementation
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
     own = call.given.own_mask
     if own is None:
         return BACK_ENDS[kind_of(implementation)](call, function)
@@ -226,13 +228,12 @@ def is_causal_square(geometry: Geometry) -> bool:
 
 
 def runs_in_blocks(call: Call, is_open: bool) -> bool:
-    """Whether attention pays off in blocks: on CPU, over fresh keys that are not few, and in no graph. Where no mask
-    is needed but the causal one (`is_open`), SDPA has its own way with many tokens, and with full attention."""
+    """Whether attention pays off in blocks: on CPU, over fresh keys, and in no graph. `is_open`: no mask is needed but
+    the causal one."""
     geometry = call.geometry
     if call.device != "cpu" or not geometry.is_square or is_tracing(call.inputs_embeds):
         return False
-    longest = tuning.plain_blocks_up_to if is_causal_square(geometry) else 0
-    return geometry.query_length > tuning.blocks_from and (not is_open or geometry.query_length <= longest)
+    return pays_in_blocks(geometry.query_length, is_causal_square(geometry), is_open)
 
 
 def folds(call: Call) -> bool:

@@ -16,7 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from minillm.position_bias import PositionBias
 from minillm.tuning import tuning
+
+HIDDEN = torch.finfo(torch.float32).min / 2
+"""Half of the least number, to which a bias can be added."""
 
 
 class Block(NamedTuple):
@@ -40,6 +44,13 @@ class Part:
         self.kept: Scores | None = None
 
 
+def pays_in_blocks(length: int, is_causal: bool, is_open: bool) -> bool:
+    """Whether blocks are worth it for a square mask: not over few tokens. Where no mask is needed but the causal one
+    (`is_open`), SDPA has its own way with many tokens, and with full attention."""
+    longest = tuning.plain_blocks_up_to if is_causal else 0
+    return length > tuning.blocks_from and (not is_open or length <= longest)
+
+
 def block_size(length: int) -> int:
     """Queries in a block: few enough to leave out most of what is hidden, enough to keep the kernel busy."""
     return min(256, max(128, length // 8))
@@ -48,24 +59,26 @@ def block_size(length: int) -> int:
 class BlockedMask:
     """A square mask, in blocks of queries whose keys are cut into parts.
 
+    To a model of transformers it is a mask like others, [B, 1, length, length]: what else is done with it than to hand
+    it to attention is done with the dense mask, which is made at that moment.
+
     Args:
+        batch: number of rows of the tokens.
         length: number of queries and of keys.
         visible: boolean mask [B or 1, 1, queries, keys] of a block.
-        table: the same with the bias in it, as numbers to add to the scores, [B or 1, 1 or H, queries, keys].
-        without_table: the bias of a block whose keys are all visible, where it takes no table; else None.
+        bias: what is added to the scores, if anything.
 
     Attributes:
         blocks: the parts of each block.
     """
 
+    ndim = 4
+
     def __init__(
-        self,
-        length: int,
-        visible: Callable[[Block], torch.Tensor],
-        table: Callable[[Block], torch.Tensor],
-        without_table: Callable[[Block], Scores | None],
+        self, batch: int, length: int, visible: Callable[[Block], torch.Tensor], bias: PositionBias | None = None
     ) -> None:
-        self.table, self.without_table = table, without_table
+        self.shape = torch.Size((batch, 1, length, length))
+        self.visible, self.bias = visible, bias
         self.blocks: list[list[Part]] = []
         room = tuning.kept_elements
         for start in range(0, length, block_size(length)):
@@ -73,13 +86,48 @@ class BlockedMask:
             # As numbers: `amax` and `amin` take a tenth of the time of `any` and `all`.
             seen = visible(Block(queries, slice(0, length))).flatten(0, -2).view(torch.uint8)
             by_one = seen.amax(0).nonzero()
-            block = Block(queries, slice(int(by_one[0]), int(by_one[-1]) + 1))
+            # Queries of which none sees a key meet each other's, and all of these alike.
+            keys = slice(int(by_one[0]), int(by_one[-1]) + 1) if len(by_one) else queries
+            block = Block(queries, keys)
             self.blocks.append(self._cut(block, _runs(seen.amin(0).bool())))
             for part in self.blocks[-1]:
                 if room > 0:
                     scores = self.scores(part)
                     room -= sum(tensor.numel() for tensor in scores if tensor is not None)
                     part.kept = scores if room >= 0 else None
+
+    def dense(self) -> torch.Tensor:
+        """The mask in one tensor: boolean [B, 1, length, length], or additive [B, H, length, length] with a bias."""
+        everything = Block(slice(0, self.shape[2]), slice(0, self.shape[3]))
+        mask = self.visible(everything) if self.bias is None else self.table(everything)
+        return mask.expand(self.shape[0], -1, -1, -1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(torch.Tensor, name):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return getattr(self.dense(), name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.dense()[index]
+
+    def __invert__(self) -> torch.Tensor:
+        return ~self.dense()
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return func(*_densified(args), **_densified(kwargs or {}))
+
+    def table(self, block: Block) -> torch.Tensor:
+        """The mask of a block with the bias in it, to add to the scores, [B or 1, 1 or H, queries, keys]."""
+        mask = torch.where(self.visible(block), 0.0, HIDDEN)
+        return mask if self.bias is None else mask + self.bias.of_block(*block).dense()
+
+    def without_table(self, block: Block) -> Scores | None:
+        """The bias of a block whose keys are all visible, where it takes no table."""
+        if self.bias is None:
+            return Scores()
+        parts = self.bias.of_block(*block).separate()
+        return None if parts is None else Scores(*parts)
 
     def scores(self, part: Part) -> Scores:
         if part.kept is not None:
@@ -117,6 +165,14 @@ class BlockedMask:
         return []
 
 
+def _densified(value: Any) -> Any:
+    if isinstance(value, BlockedMask):
+        return value.dense()
+    if isinstance(value, dict):
+        return {name: _densified(each) for name, each in value.items()}
+    return type(value)(map(_densified, value)) if type(value) in (tuple, list) else value
+
+
 def _length(part: slice) -> int:
     return part.stop - part.start
 
@@ -140,7 +196,7 @@ class FlashInParts(torch.autograd.Function):
         value: torch.Tensor,
         mask: BlockedMask,
         fit: Callable[[Scores], Scores],
-        scaling: float,
+        scaling: float | None,
     ) -> torch.Tensor:
         outputs, sums = [], []
         for parts in mask.blocks:
@@ -230,24 +286,36 @@ def _at(states: torch.Tensor, place: slice) -> torch.Tensor:
     return states.narrow(2, place.start, _length(place))
 
 
+@torch.compiler.disable(
+    reason="a layer compiled by itself with fullgraph=True cannot run attention in blocks: compile the whole model, "
+    "leave out fullgraph=True, or use attn_implementation='eager'"
+)
 def blocked_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: BlockedMask,
-    dropout: float,
-    scaling: float,
+    dropout: float = 0.0,
+    scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention under a blocked mask. An attention function of transformers' form.
+    """Scaled dot-product attention under a mask in blocks. An attention function of transformers' form.
 
     Args:
         query: [B, H, length, head_dim]; `key` and `value`: [B, key/value heads, length, head_dim].
 
     Returns:
         The output [B, length, H, head_dim], and None.
+
+    Raises:
+        ValueError: if the mask is of another length or number of rows.
     """
+    shape = attention_mask.shape
+    if not query.shape[2] == key.shape[2] == shape[2] or query.shape[0] != shape[0]:
+        raise ValueError(
+            f"`attention_mask` has shape {list(shape)}, queries have {list(query.shape)}, keys {list(key.shape)}"
+        )
     # What autocast does for SDPA, which is not asked below.
     query, key, value = (states.to(autocast_dtype(states)) for states in (query, key, value))
     groups = query.shape[1] // key.shape[1]
@@ -259,7 +327,7 @@ def blocked_attention_forward(
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         return Scores(*(part if part is None else part.to(query.device, dtype) for part in scores))
 
-    if dropout == 0 and _has_flash(query):
+    if dropout == 0 and _has_flash(query, value):
         # The kernel reads the channels of a head one after another, whatever their stride says.
         query, key, value = (
             states if states.stride(-1) == 1 else states.contiguous() for states in (query, key, value)
@@ -268,11 +336,13 @@ def blocked_attention_forward(
     return _composed(query, key, value, attention_mask, fit, dropout, scaling), None
 
 
-def _has_flash(query: torch.Tensor) -> bool:
-    """Whether the kernel is there and SDPA would be free to take it. Transforms of functions and compilers look into
-    SDPA, and with other back ends chosen by `torch.nn.attention.sdpa_kernel` it can be differentiated twice."""
+def _has_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel is there and SDPA would be free to take it; it knows one width of heads. Transforms of
+    functions and compilers look into SDPA, and with other back ends chosen by `torch.nn.attention.sdpa_kernel` it can
+    be differentiated twice."""
     is_eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    return is_eager and query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled()
+    is_cpu, is_even = query.device.type == "cpu", query.shape[-1] == value.shape[-1]
+    return is_eager and is_cpu and is_even and torch.backends.cuda.flash_sdp_enabled()
 
 
 def _composed(
@@ -282,7 +352,7 @@ def _composed(
     mask: BlockedMask,
     fit: Callable[[Scores], Scores],
     dropout: float,
-    scaling: float,
+    scaling: float | None,
 ) -> torch.Tensor:
     """The same by SDPA, block by block, each with its mask in one piece; computed anew in the backward pass if what
     SDPA keeps of all blocks would take the square of the length."""

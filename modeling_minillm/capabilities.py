@@ -58,11 +58,15 @@ REFUSALS = (
     Refusal("dropout", "flex", "*", "backward", FLEX_DROPOUT_REASON),
 )
 
+BLOCKS = "minillm_blocks"
+"""The name of attention in blocks for any model; MiniLLM itself has blocks under "sdpa" too."""
+
 REFUSED_KINDS = frozenset(row.kind for row in REFUSALS)
 
 KINDS = {
     "eager": "eager",
     "sdpa": "sdpa",
+    BLOCKS: "sdpa",
     "flex_attention": "flex",
     "flash_attention_2": "flash",
     "flash_attention_3": "flash",

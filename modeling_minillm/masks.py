@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.utils.import_utils import is_tracing
 
-from minillm.blocked_attention import Block, BlockedMask, Scores
+from minillm.blocked_attention import Block, BlockedMask
 from minillm.geometry import Geometry
 from minillm.position_bias import PositionBias
 from minillm.token_facts import Tokens
@@ -103,20 +103,7 @@ def evaluate(visible: Callable, rows: int, query: torch.Tensor, key: torch.Tenso
 def blocked_mask(geometry: Geometry, tokens: Tokens, bias: PositionBias | None) -> BlockedMask:
     """The mask, with the bias if there is one, for SDPA on CPU."""
     visible, rows = visibility(geometry, tokens)
-    # Half of the least number, to which a bias can be added.
-    hidden = torch.tensor(torch.finfo(torch.float32).min / 2, dtype=torch.float32)
-
-    def table(block: Block) -> torch.Tensor:
-        mask = torch.where(mask_of_block(visible, rows, block), 0.0, hidden)
-        return mask if bias is None else mask + bias.of_block(*block).dense()
-
-    def without_table(block: Block) -> Scores | None:
-        if bias is None:
-            return Scores()
-        parts = bias.of_block(*block).separate()
-        return None if parts is None else Scores(*parts)
-
-    return BlockedMask(geometry.query_length, lambda block: mask_of_block(visible, rows, block), table, without_table)
+    return BlockedMask(geometry.batch, geometry.query_length, lambda block: mask_of_block(visible, rows, block), bias)
 
 
 def flex_mask(geometry: Geometry, tokens: Tokens) -> BlockMask:

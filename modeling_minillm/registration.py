@@ -1,4 +1,4 @@
-"""Makes transformers and PEFT know MiniLLM: Auto classes and default adapter targets."""
+"""Makes transformers and PEFT know MiniLLM: Auto classes, attention in blocks and default adapter targets."""
 
 import importlib.abc
 import importlib.machinery
@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from minillm import blocks_for_any_model
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.modeling_minillm import (
     MiniLLMForCausalLM,
@@ -64,7 +65,9 @@ class _PeftTables(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def register() -> None:
-    """Registers config, models and tokenizer with transformers' Auto classes, and the adapter targets with PEFT."""
+    """Registers config, models and tokenizer with transformers' Auto classes, attention in blocks for every model, and
+    the adapter targets with PEFT."""
+    blocks_for_any_model.register()
     AutoConfig.register(MiniLLMConfig.model_type, MiniLLMConfig, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():
         auto_class.register(MiniLLMConfig, model_class, exist_ok=True)

@@ -108,6 +108,7 @@ def test_py_typed_ships():
 MANY_PARAMETERS = {
     "FlashInPartsBackward.forward": "an autograd.Function",
     "push_to_hub": "transformers' signature",
+    "blocked_attention_mask": "the signature of transformers' `sdpa_mask`",
     "MiniLLMModel.forward": "public",
     "MiniLLMForCausalLM.forward": "public",
     "MiniLLMForSequenceClassification.forward": "public",

@@ -1,0 +1,215 @@
+"""`attn_implementation="minillm_blocks"`: attention in blocks on CPU for every model of transformers, under a mask
+made from the predicate that transformers hands over.
+
+Shapes: B batch, H heads.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+from minillm.blocked_attention import (
+    HIDDEN,
+    Block,
+    BlockedMask,
+    block_size,
+    blocked_attention_forward,
+    pays_in_blocks,
+)
+from minillm.capabilities import BLOCKS
+from minillm.checks import is_transformed
+
+HARMLESS_KEYWORDS = frozenset(
+    # What models hand down to attention that changes no score: it is read elsewhere, is in the mask already, or is for
+    # kernels that take lengths instead of a mask.
+    "sliding_window is_causal position_ids cache_position past_key_values cache use_cache layer_idx "
+    "output_hidden_states output_router_logits return_dict num_items_in_batch logits_to_keep token_type_ids "
+    "mm_token_type_ids seq_idx cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k deterministic "
+    "target_dtype".split()
+)
+
+
+def attention_of_any_model(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: BlockedMask | torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention, in blocks under a mask that `blocked_attention_mask` made for them, else by SDPA.
+    An attention function of transformers' form.
+
+    Args:
+        query: [B, H, queries, head_dim]; `key` and `value`: [B, key/value heads, keys, head_dim].
+        attention_mask: a mask in blocks, or whatever SDPA takes.
+
+    Returns:
+        The output [B, queries, H, head_dim], and None.
+
+    Raises:
+        ValueError: for a keyword that may change scores, such as `softcap`; and where `position_ids` restart but the
+            mask lets a document see the one before.
+    """
+    check_keywords(module, kwargs)
+    check_documents(module, query, key, attention_mask, kwargs.get("position_ids"))
+    attend = blocked_attention_forward if isinstance(attention_mask, BlockedMask) else sdpa_attention_forward
+    return attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def check_keywords(module: nn.Module, keywords: dict[str, Any]) -> None:
+    """Refuses what may change scores or is asked for in vain."""
+    if keywords.keys() <= HARMLESS_KEYWORDS:
+        return
+    for name, value in keywords.items():
+        if value is None or name in HARMLESS_KEYWORDS:
+            continue
+        if name == "output_attentions":
+            if value:
+                raise ValueError(f"attn_implementation={BLOCKS!r} keeps no probabilities for `{name}`: use 'eager'")
+            continue
+        raise ValueError(
+            f"{type(module).__name__} hands `{name}` to attention, which attn_implementation={BLOCKS!r} cannot "
+            "honour: use the model's default back end or 'eager', or leave it out if it comes from your own call"
+        )
+
+
+def check_documents(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: BlockedMask | torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> None:
+    """Refuses packed documents [B or 1, length], of which transformers was not told: it looks at positions only where
+    neither a cache nor an `attention_mask` is given, and lets documents see each other in silence otherwise."""
+    if position_ids is None or position_ids.ndim != 2 or getattr(module, "layer_idx", None):
+        # All layers get the same, so the first is asked.
+        return
+    length = position_ids.shape[1]
+    if length == 1 or not query.shape[2] == key.shape[2] == length or is_tracing(query) or query.device.type == "meta":
+        return
+    restarts = (position_ids[:, 1:] == 0).nonzero()
+    if len(restarts) == 0:
+        return
+    row, before = restarts[0].tolist()
+    # What the first token of a document sees of the last one before it, and of itself: padding, whose positions are 0
+    # too, may see the former, but not itself.
+    seen = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    if isinstance(mask, BlockedMask):
+        seen = mask.visible(Block(slice(before + 1, before + 2), slice(before, before + 2)))
+    elif mask is not None:
+        seen = mask[:, :, before + 1 : before + 2, before : before + 2]
+        seen = seen if seen.dtype == torch.bool else seen > HIDDEN
+    if seen[min(row, len(seen) - 1), 0, 0].all():
+        raise ValueError(
+            "`position_ids` restart at 0, as in packed documents, which transformers keeps apart only without a cache "
+            "and without `attention_mask`: pass `use_cache=False` and no mask"
+        )
+
+
+def blocked_attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | BlockedMask | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> BlockedMask | torch.Tensor | None:
+    """The mask for `attention_of_any_model`: in blocks where these pay off, else that of SDPA. A mask function of
+    transformers' form, with the arguments of its `sdpa_mask`.
+
+    Args:
+        mask_function: predicate over indices (batch, head, query, key), any of which is a tensor that broadcasts.
+        attention_mask: boolean [B, kv_length], False at padding; or a mask in blocks, which is given back.
+
+    Returns:
+        A `BlockedMask` or a boolean tensor, [B, 1, q_length, kv_length], or None for plain causal or full attention.
+    """
+    if isinstance(attention_mask, BlockedMask):
+        # `generate()` makes the masks of a static cache itself, and hands them to the model as its `attention_mask`.
+        return attention_mask
+    is_causal, is_open = allow_is_causal_skip, allow_is_causal_skip or allow_is_bidirectional_skip
+    is_open = is_open and (local_size is None or kv_length < local_size)
+    padding = attention_mask
+    if is_square(q_length, kv_length, q_offset, kv_offset) and not use_vmap and runs_on(device):
+        if padding is not None and padding.all():
+            padding = None
+        fits = padding is None or padding.shape[-1] == kv_length
+        if fits and pays_in_blocks(q_length, is_causal, is_open and padding is None):
+            visible = predicate_of_blocks(batch_size, kv_length, mask_function, padding)
+            return BlockedMask(batch_size, kv_length, visible)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        use_vmap=use_vmap,
+        device=device,
+        **kwargs,
+    )
+
+
+def is_square(q_length: int, kv_length: int, q_offset: int | torch.Tensor, kv_offset: int) -> bool:
+    """Whether the keys are the new tokens. A cache of fixed size counts on the device, and is not asked."""
+    return q_length == kv_length and not isinstance(q_offset, torch.Tensor) and q_offset == kv_offset == 0
+
+
+def runs_on(device: torch.device | str) -> bool:
+    """Whether this is eager mode on CPU."""
+    probe = torch.empty(0, device=device)
+    return probe.device.type == "cpu" and not is_tracing(probe) and not is_transformed()
+
+
+def predicate_of_blocks(
+    batch_size: int, length: int, mask_function: Callable, padding: torch.Tensor | None
+) -> Callable[[Block], torch.Tensor]:
+    """The mask of a block, boolean [B or 1, 1, queries, keys], with padding [B, length] in it. A query that sees no
+    key at all, as one of padding on the left, sees itself."""
+    rows, head = torch.arange(batch_size)[:, None, None, None], torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+
+    def visible(block: Block) -> torch.Tensor:
+        queries = torch.arange(block.queries.start, block.queries.stop)[None, None, :, None]
+        keys = torch.arange(block.keys.start, block.keys.stop)[None, None, None, :]
+        seen = mask_function(rows, head, queries, keys)
+        if padding is not None:
+            seen = seen & padding[:, None, None, block.keys]
+        seen = seen.expand(-1, 1, queries.shape[2], keys.shape[3])
+        return seen if blind is None else seen | (blind[:, None, block.queries, None] & (queries == keys))
+
+    blind = None
+    if padding is not None:
+        found = torch.zeros(batch_size, length, dtype=torch.bool)
+        for start in range(0, length, block_size(length)):
+            queries = slice(start, min(length, start + block_size(length)))
+            if not padding[:, queries].all():
+                found[:, queries] = ~visible(Block(queries, slice(0, length)))[:, 0].any(-1)
+        blind = found
+    return visible
+
+
+def register() -> None:
+    """Makes attention in blocks known to transformers, as `attn_implementation="minillm_blocks"`."""
+    AttentionInterface.register(BLOCKS, attention_of_any_model)
+    AttentionMaskInterface.register(BLOCKS, blocked_attention_mask)
