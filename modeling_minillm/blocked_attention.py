@@ -288,7 +288,7 @@ def _at(states: torch.Tensor, place: slice) -> torch.Tensor:
 
 @torch.compiler.disable(
     reason="a layer compiled by itself with fullgraph=True cannot run attention in blocks: compile the whole model, "
-    "leave out fullgraph=True, or use attn_implementation='eager'"
+    "leave out fullgraph=True, or turn blocks off by `minillm.tuning.tuning.blocks_from = 2**62`"
 )
 def blocked_attention_forward(
     module: nn.Module,

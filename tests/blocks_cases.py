@@ -126,3 +126,13 @@ def loss_and_gradients(model, inputs):
 
 def real_tokens(inputs):
     return inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+
+
+def assert_close_to_eager(found, expected, tolerance=1e-5):
+    """Losses to 1e-6, gradients to 1e-5 of the largest."""
+    assert abs(found[0] - expected[0]) <= 1e-6 * max(1.0, abs(expected[0]))
+    largest = max(gradient.abs().max() for gradient in expected[1].values())
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in found[1].items():
+        difference = (gradient - expected[1][name]).abs().max()
+        assert difference <= tolerance * largest, (name, float(difference / largest))

@@ -115,6 +115,22 @@ def test_a_block_meets_only_the_keys_that_it_sees():
     assert key_ranges("causal", document_ids=documents) == [(0, 128), (0, 256)]
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_name_for_any_model_means_the_same(variant, packed):
+    model, inputs = loud_model(config_of(variant)), token_batch(variant, packed)
+    expected = logits_and_gradients(model, inputs)
+    model.set_attn_implementation("minillm_blocks")
+    with CountedKernels() as counted:
+        found = logits_and_gradients(model, inputs)
+    assert counted.counts["forward"] == 6
+    assert torch.equal(found[0], expected[0])
+    short = {name: part[:, :20] for name, part in inputs.items()}
+    found = logits_and_gradients(model, short)
+    model.set_attn_implementation("eager")
+    assert_same(found, logits_and_gradients(model, short))
+
+
 def test_attention_that_is_short_or_plain_and_long_has_no_blocks():
     for length, variant in (
         (tuning.blocks_from, "causal"),

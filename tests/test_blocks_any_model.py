@@ -1,32 +1,57 @@
 """`attn_implementation="minillm_blocks"` of transformers' own models, against their eager attention."""
 
+import copy
+
 import pytest
-from blocks_cases import BATCHES, DECODERS, ENCODERS, FAMILIES, loss_and_gradients, model_of, scored
+import torch
+from blocks_cases import (
+    BATCHES,
+    DECODERS,
+    ENCODERS,
+    FAMILIES,
+    LENGTH,
+    TINY,
+    assert_close_to_eager,
+    loss_and_gradients,
+    model_of,
+    packed,
+    padded,
+    real_tokens,
+    scored,
+    tokens,
+)
+from peft import PrefixTuningConfig, get_peft_model
+from test_loss import LargestTensor
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers.masking_utils import create_causal_mask
 
 from minillm import blocked_attention
-from minillm.blocked_attention import FlashInParts
+from minillm.blocked_attention import BlockedMask, FlashInParts, block_size
 from minillm.capabilities import BLOCKS
+from minillm.tuning import tuning
 
 
 @pytest.fixture
 def counted(monkeypatch):
     """Calls of attention in blocks."""
     calls = []
-    for name in ("_composed",):
-        run = getattr(blocked_attention, name)
-        monkeypatch.setattr(blocked_attention, name, lambda *args, run=run: calls.append(1) or run(*args))
-    apply = FlashInParts.apply
-    monkeypatch.setattr(FlashInParts, "apply", lambda *args: calls.append(1) or apply(*args))
+    composed, apply = blocked_attention._composed, FlashInParts.apply
+    monkeypatch.setattr(blocked_attention, "_composed", lambda *args: calls.append("composed") or composed(*args))
+    monkeypatch.setattr(FlashInParts, "apply", lambda *args: calls.append("flash") or apply(*args))
     return calls
 
 
-def assert_close_to_eager(found, expected, tolerance=1e-5):
-    assert abs(found[0] - expected[0]) <= 1e-6 * max(1.0, abs(expected[0]))
-    largest = max(gradient.abs().max() for gradient in expected[1].values())
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in found[1].items():
-        difference = (gradient - expected[1][name]).abs().max()
-        assert difference <= tolerance * largest, (name, float(difference / largest))
+def with_labels(inputs):
+    return {**inputs, "labels": scored(inputs)}
+
+
+@torch.no_grad()
+def logits_of(model, inputs):
+    return model(**inputs, use_cache=False).logits[real_tokens(inputs)]
+
+
+def assert_same_logits(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -34,14 +59,340 @@ def assert_close_to_eager(found, expected, tolerance=1e-5):
 def test_losses_and_gradients_equal_eager(family, batch, counted):
     inputs = BATCHES[batch]()
     if family in DECODERS:
-        inputs["labels"] = scored(inputs)
+        inputs = with_labels(inputs)
     elif batch == "packed":
         del inputs["position_ids"]
     model = model_of(family)
     expected = loss_and_gradients(model, inputs)
     model.set_attn_implementation(BLOCKS)
-    found = loss_and_gradients(model, inputs)
-    assert_close_to_eager(found, expected)
+    assert_close_to_eager(loss_and_gradients(model, inputs), expected)
     # Full attention without a mask is SDPA's own.
     is_open = batch in ("plain", "packed") and family in ENCODERS
     assert len(counted) == (2 - (1 if family == "modernbert" else 2) * is_open)
+
+
+def test_long_plain_texts_are_left_to_sdpa(counted, monkeypatch):
+    monkeypatch.setattr(tuning, "plain_blocks_up_to", LENGTH - 1)
+    model = model_of("gemma3")
+    model.set_attn_implementation(BLOCKS)
+    logits_of(model, {"input_ids": tokens()})
+    assert len(counted) == 1  # the layer with a window
+    logits_of(model, {"input_ids": tokens(), "attention_mask": torch.ones(2, LENGTH, dtype=torch.long)})
+    assert len(counted) == 2
+    logits_of(model, packed())
+    assert len(counted) == 4
+
+
+@pytest.mark.parametrize("length", [1, 20, tuning.blocks_from])
+def test_short_texts_are_left_to_sdpa(length, counted):
+    model = model_of("gemma3")
+    inputs = {"input_ids": tokens(length=length)}
+    expected = logits_of(model, inputs)
+    model.set_attn_implementation(BLOCKS)
+    assert_same_logits(logits_of(model, inputs), expected)
+    assert not counted
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "llama4 chunks", "deepseek_v3"])
+def test_checkpointing_changes_nothing(family, reentrant, counted):
+    inputs, model = with_labels(packed()), model_of(family)
+    expected = loss_and_gradients(model, inputs)
+    model.set_attn_implementation(BLOCKS)
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_close_to_eager(loss_and_gradients(model, inputs), expected)
+    # Two layers, each a second time in the backward pass.
+    assert len(counted) == 4
+
+
+@pytest.mark.parametrize("batch", ["packed", "padded left"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral window"])
+def test_half_precision_is_as_close_to_float64_as_sdpa(family, how, dtype, batch, counted):
+    inputs = with_labels(BATCHES[batch]())
+    model = model_of(family)
+    # transformers' eager attention is NaN in float64 where a row sees no key.
+    model.set_attn_implementation("sdpa")
+    exact = loss_and_gradients(copy.deepcopy(model).double(), inputs)
+    model = model.to(dtype) if how == "weights" else model
+    distances = {}
+    for back_end in ("sdpa", BLOCKS):
+        model.set_attn_implementation(back_end)
+        with torch.autocast("cpu", dtype, enabled=how == "autocast"):
+            found = loss_and_gradients(model, inputs)
+        total = sum((found[1][name].double() - exact[1][name]).square().sum() for name in exact[1])
+        distances[back_end] = torch.stack([total.sqrt(), (found[0].double() - exact[0]).abs()])
+    assert counted == ["flash"] * 2
+    assert distances[BLOCKS][0] <= 1.2 * distances["sdpa"][0]
+    assert distances[BLOCKS][1] <= 1.2 * distances["sdpa"][1] + 0.02 * exact[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_drops_probabilities(dropout, counted):
+    """Its mean over many draws is attention without it."""
+    model = model_of("llama", num_hidden_layers=1, attention_dropout=dropout).train()
+    model.set_attn_implementation(BLOCKS)
+    attention, inputs, drawn = model.model.layers[0].self_attn, packed(), []
+    attention.register_forward_hook(lambda module, args, output: drawn.append(output[0].detach()))
+    torch.manual_seed(0)
+    for _ in range(200):
+        logits_of(model, inputs)
+    assert (drawn[0] == drawn[1]).all() == (dropout == 0)
+    assert counted == ["composed" if dropout else "flash"] * 200
+    logits_of(model.eval(), inputs)
+    spread = torch.stack(drawn[:-1]).std(0).mean() / len(drawn) ** 0.5
+    assert (torch.stack(drawn[:-1]).mean(0) - drawn[-1]).abs().mean() <= 2 * spread + 1e-6
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_without_gradients(mode, counted):
+    model, inputs = model_of("cohere2"), packed()
+    expected = logits_of(model, inputs)
+    model.set_attn_implementation(BLOCKS)
+    with mode():
+        assert_same_logits(model(**inputs, use_cache=False).logits.flatten(0, 1), expected)
+    assert counted == ["flash"] * 2
+
+
+CACHES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "quantized": {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 8},
+    },
+    "none": {"use_cache": False},
+    "prefilled in parts": {"prefill_chunk_size": 60},
+    "beams": {"num_beams": 3},
+    "looked up": {"prompt_lookup_num_tokens": 3},
+}
+
+
+WITH_WINDOWS = ("gemma3", "mistral window")
+CACHED = [
+    (family, cache)
+    for family in ("llama", "gpt2", *WITH_WINDOWS)
+    for cache in CACHES
+    # transformers refuses it by name.
+    if not (cache == "quantized" and family in WITH_WINDOWS)
+]
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize(("family", "cache"), CACHED)
+def test_generated_text_equals_eager(family, cache, padding, counted):
+    inputs = padded("left", 135) if padding == "left" else {"input_ids": tokens()}
+    inputs.setdefault("attention_mask", torch.ones(2, LENGTH, dtype=torch.long))
+    if cache == "looked up":
+        inputs = {name: part[:1] for name, part in inputs.items()}
+    model, texts = model_of(family), []
+    model.generation_config.eos_token_id = None
+    for back_end in ("eager", BLOCKS):
+        model.set_attn_implementation(back_end)
+        texts.append(model.generate(**inputs, **CACHES[cache], max_new_tokens=5, do_sample=False))
+    assert torch.equal(*texts)
+    assert counted or cache in ("static", "prefilled in parts")
+
+
+def test_tokens_behind_cached_ones_equal_one_forward():
+    model = model_of("qwen2 windows")
+    expected = logits_of(model, {"input_ids": tokens()})
+    model.set_attn_implementation(BLOCKS)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in tokens().split([135, 14, 1], dim=1)]
+    assert_same_logits(torch.cat(parts, 1).flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_model_has_the_mask_of_sdpa(dynamic, counted):
+    model = model_of("gemma3")
+    expected = logits_of(model, packed())
+    model.set_attn_implementation(BLOCKS)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    assert_same_logits(logits_of(compiled, packed()), expected)
+    torch.compiler.reset()
+    assert not counted
+
+
+def test_compiled_layers_run_blocks_between_their_graphs(counted):
+    model = model_of("gemma3")
+    lengths = [(30, 65, 55), (60, 80, 20), (70, 70, 60)]
+    expected = [logits_of(model, packed(each)) for each in lengths]
+    model.set_attn_implementation(BLOCKS)
+    torch.compiler.reset()
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    for each, logits in zip(lengths, expected, strict=True):
+        assert_same_logits(logits_of(model, packed(each)), logits)
+    assert len(counted) == 6
+    torch.compiler.reset()
+    model.model.layers[0].compile(backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"blocks_from = 2\*\*62"):
+        logits_of(model, packed())
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_an_exported_model_has_the_mask_of_sdpa(strict):
+    model, inputs = model_of("llama"), {**packed(), "use_cache": False}
+    expected = logits_of(model, packed())
+    model.set_attn_implementation(BLOCKS)
+    exported = torch.export.export(model, (), inputs, strict=strict).module()
+    assert_same_logits(exported(**inputs).logits.flatten(0, 1).detach(), expected)
+
+
+def test_a_model_within_vmap_has_the_mask_of_sdpa(counted):
+    model = model_of("llama")
+    expected = logits_of(model, {"input_ids": tokens()})
+    model.set_attn_implementation(BLOCKS)
+    with torch.no_grad():
+        found = torch.func.vmap(lambda row: model(row[None], use_cache=False).logits[0])(tokens())
+    assert_same_logits(found.flatten(0, 1), expected)
+    assert not counted
+
+
+def test_memory_grows_with_the_length():
+    model = model_of("llama", num_hidden_layers=1, max_position_embeddings=4096)
+    model.set_attn_implementation(BLOCKS)
+    inputs = packed((100, 1000, 400, 48, 500))
+    with LargestTensor() as watch:
+        loss_and_gradients(model, with_labels(inputs))
+    # The mask of a block, of which there are eight.
+    assert watch.largest <= 2 * 2048 * block_size(2048)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "keyword"),
+    [
+        ("gemma2", {}, "softcap"),
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}, "s_aux"),
+        ("t5", {"num_layers": 2, "d_model": 32, "d_kv": 8, "num_heads": 4}, "position_bias"),
+    ],
+)
+@pytest.mark.parametrize("length", [20, LENGTH])
+def test_what_changes_scores_is_refused(model_type, fields, keyword, length):
+    fields = {**TINY, **fields} if model_type != "t5" else {"vocab_size": 64, **fields}
+    auto = AutoModel if model_type == "t5" else AutoModelForCausalLM
+    model = auto.from_config(CONFIG_MAPPING[model_type](**fields), attn_implementation=BLOCKS).eval()
+    inputs = {"decoder_input_ids": tokens(length=3)} if model_type == "t5" else {}
+    with pytest.raises(ValueError, match=f"hands `{keyword}` to attention.*'eager'"):
+        model(tokens(length=length), **inputs)
+
+
+@pytest.mark.parametrize("length", [20, LENGTH])
+def test_other_keywords_are_refused(length):
+    model = model_of("llama")
+    model.set_attn_implementation(BLOCKS)
+    model(tokens(length=length), output_attentions=False, softcap=None)
+    with pytest.raises(ValueError, match="LlamaAttention hands `made_up` to attention"):
+        model(tokens(length=length), made_up=3)
+    with pytest.raises(ValueError, match="keeps no probabilities"):
+        model(tokens(length=length), output_attentions=True)
+
+
+@pytest.mark.parametrize("lengths", [(30, 65, 55), (5, 7, 8), (300, 1000)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2 windows", "deepseek_v3"])
+def test_documents_that_transformers_would_mix_are_refused(family, lengths):
+    inputs = packed(lengths)
+    model = model_of(family, max_position_embeddings=2048)
+    model.set_attn_implementation(BLOCKS)
+    for more in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(inputs["input_ids"])}):
+        with pytest.raises(ValueError, match=r"restart at 0, as in packed documents.*use_cache=False"):
+            model(**inputs, **more)
+    model(**inputs, use_cache=False)
+
+
+def test_positions_of_padding_are_no_restart():
+    """`generate()` gives padding position 0, between real tokens too."""
+    model = model_of("llama")
+    model.set_attn_implementation(BLOCKS)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, [1, 2, 70]], mask[1, :140] = 0, 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    for stop in (LENGTH, 20):
+        model(tokens()[:, :stop], attention_mask=mask[:, :stop], position_ids=positions[:, :stop])
+
+
+def blocked_mask(model, inputs):
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    return create_causal_mask(model.config, embeds, None, None, inputs["position_ids"])
+
+
+def test_a_mask_made_before_is_handed_back():
+    model, inputs = model_of("llama"), packed()
+    expected = logits_of(model, inputs)
+    model.set_attn_implementation(BLOCKS)
+    mask = blocked_mask(model, inputs)
+    assert isinstance(mask, BlockedMask)
+    with torch.no_grad():
+        found = model(**inputs, attention_mask=mask, use_cache=False).logits
+    assert_same_logits(found.flatten(0, 1), expected)
+
+
+def test_any_other_use_of_the_mask_meets_the_dense_one():
+    model, inputs = model_of("llama"), packed()
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    model.set_attn_implementation("sdpa")
+    expected = create_causal_mask(model.config, embeds, None, None, inputs["position_ids"])
+    model.set_attn_implementation(BLOCKS)
+    mask = blocked_mask(model, inputs)
+    assert mask.shape == expected.shape and mask.ndim == expected.ndim and mask.dtype == torch.bool
+    zero = torch.zeros(())
+    for use in (
+        lambda mask: mask[:, :, 10:100, :50],
+        lambda mask: ~mask,
+        lambda mask: mask & torch.ones(LENGTH, dtype=torch.bool),
+        lambda mask: torch.ones(LENGTH, dtype=torch.bool) & mask,
+        lambda mask: torch.where(mask, zero, -1.0),
+        lambda mask: torch.cat([mask, mask], dim=-1),
+        lambda mask: zero.expand(mask.shape).masked_fill(mask, 2.0),
+        lambda mask: mask.to(torch.float32).sum(-1),
+    ):
+        assert torch.equal(use(mask), use(expected))
+    with pytest.raises(AttributeError, match="made_up"):
+        mask.made_up  # noqa: B018
+
+
+def test_states_of_another_length_than_the_mask_are_refused():
+    model, inputs = model_of("llama"), packed()
+    model.set_attn_implementation(BLOCKS)
+    mask = blocked_mask(model, inputs)
+    with pytest.raises(
+        ValueError, match=r"`attention_mask` has shape \[2, 1, 150, 150\], queries have \[2, 4, 100, 8"
+    ):
+        model(inputs["input_ids"][:, :100], attention_mask=mask)
+    with pytest.raises(ValueError, match=r"queries have \[1, 4, 150, 8"):
+        model(inputs["input_ids"][:1], attention_mask=mask)
+
+
+def test_queries_that_see_no_key_at_all_raise_nothing():
+    mask = BlockedMask(
+        1, 300, lambda block: torch.zeros(1, 1, *(part.stop - part.start for part in block), dtype=bool)
+    )
+    states = torch.randn(1, 2, 300, 8)
+    assert blocked_attention.blocked_attention_forward(None, states, states, states, mask)[0].isfinite().all()
+
+
+def test_masks_by_functions_of_ones_own_are_those_of_sdpa(counted):
+    """They may not be written for tensors of indices."""
+    model, inputs = model_of("llama"), packed()
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    masks = []
+    for back_end in ("sdpa", BLOCKS):
+        model.set_attn_implementation(back_end)
+        more = {"and_mask_function": lambda batch, head, query, key: query - key < 7}
+        masks.append(create_causal_mask(model.config, embeds, None, None, **more))
+    assert torch.equal(*masks) and isinstance(masks[1], torch.Tensor)
+
+
+def test_prefix_tuning_has_the_mask_of_sdpa(counted):
+    model = get_peft_model(model_of("llama"), PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")).eval()
+    inputs = padded("right")
+    expected = logits_of(model, inputs)
+    model.set_attn_implementation(BLOCKS)
+    assert_same_logits(logits_of(model, inputs), expected)
+    assert not counted

@@ -6,11 +6,13 @@ import peft
 import pytest
 import torch
 import trl
+from blocks_cases import TINY
 from datasets import Dataset
 from training_cases import VARIANTS, largest_difference, llama_twin, parameters, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from minillm import MiniLLMTokenizer
+from minillm import MiniLLMTokenizer, blocks_for_any_model
+from minillm.tuning import tuning
 
 WORDS = ("sum", "square", "half")
 TEXTS = [
@@ -111,6 +113,29 @@ def test_supervised_fine_tuning_equals_llama(mode, tokenizer, tmp_path):
     assert found == pytest.approx(expected, abs=2e-5)
     assert largest_difference(parameters(model), parameters(twin)) < 2e-5
     assert largest_difference(parameters(model), parameters(model_for("causal", tokenizer))) > 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+def test_packing_in_blocks_equals_eager(model_type, checkpointing, tokenizer, tmp_path, monkeypatch):
+    """With transformers' own models."""
+    monkeypatch.setattr(tuning, "blocks_from", 16)
+    calls, attend = [], blocks_for_any_model.blocked_attention_forward
+    monkeypatch.setattr(
+        blocks_for_any_model, "blocked_attention_forward", lambda *args, **kw: calls.append(1) or attend(*args, **kw)
+    )
+    config = CONFIG_MAPPING[model_type](**{**TINY, "vocab_size": len(tokenizer)})
+    config.pad_token_id, losses, weights = tokenizer.pad_token_id, [], []
+    for back_end in ("eager", "minillm_blocks"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=back_end)
+        options = {"max_length": 200, "gradient_checkpointing": checkpointing}
+        losses.append(train(sft(model, tokenizer, tmp_path, "packed", **options)))
+        weights.append(parameters(model))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert largest_difference(*weights) < 2e-5
+    # Four steps of two layers, each a second time in the backward pass if it is checkpointed.
+    assert len(calls) == (16 if checkpointing else 8)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
