@@ -1,6 +1,6 @@
 """Speed and memory of MiniLLM, with transformers' own models as rivals in the same run.
 
-    python -m benchmarks [all | speed | memory | growth | packing | startup | tokenizer | collators | conversion ...]
+    python -m benchmarks [all | speed | memory | growth | packing | blocks | startup | tokenizer | ...]
         [--out benchmarks/results] [--steps 10] [--tiny] [--clock wall] [--minutes 8]
 
 Prints a table for each kind; with `--out` also leaves the tables, JSON with facts of the environment, and pictures.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from benchmarks import collators, conversion, growth, memory, packing, speed, startup, tokenizer
+from benchmarks import blocks, collators, conversion, growth, memory, packing, speed, startup, tokenizer
 from benchmarks.report import environment, load_average, markdown, write
 from benchmarks.timing import CLOCKS, Options
 
@@ -26,6 +26,7 @@ KINDS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "memory": memory.measure,
     "growth": growth.measure,
     "packing": packing.measure,
+    "blocks": blocks.measure,
     "startup": startup.measure,
     "tokenizer": tokenizer.measure,
     "collators": collators.measure_against_training,

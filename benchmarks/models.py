@@ -11,12 +11,14 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    Gemma3TextConfig,
     GlmConfig,
     LlamaConfig,
     MixtralConfig,
     MptConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -94,6 +96,12 @@ def config_of(model: str, shape: Shape) -> PreTrainedConfig:
         return MiniLLMConfig(**fields, **VARIANTS[model])
     if model == "Llama":
         return LlamaConfig(**gated)
+    if model == "Qwen3":
+        return Qwen3Config(**gated, num_key_value_heads=heads, head_dim=hidden // heads)
+    if model == "Gemma3":
+        # Five layers of six have a window, as in the published models.
+        sizes = {"num_key_value_heads": heads, "head_dim": hidden // heads, "query_pre_attn_scalar": hidden // heads}
+        return Gemma3TextConfig(**gated, **sizes, sliding_window=512)
     if model == "GLM":
         return GlmConfig(**gated, num_key_value_heads=heads, head_dim=hidden // heads, pad_token_id=None)
     if model == "Mixtral":

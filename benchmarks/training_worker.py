@@ -23,13 +23,15 @@ TOY = Shape(64, 64, 1, 2, 16)
 
 
 class TrainingCase(NamedTuple):
-    """A model, a batch of `rows` x `length` tokens, and how many steps are timed; several follow one that is not."""
+    """A model, a batch of `rows` x `length` tokens, and how many steps are timed; several follow one that is not. With
+    `documents` rows are packed with documents of so many tokens."""
 
     contender: Contender
     shape: Shape
     rows: int
     length: int
     steps: int = 1
+    documents: int | None = None
 
 
 def current_memory(device: str) -> int:
@@ -68,7 +70,11 @@ def run_case(case: TrainingCase, device: str, clock: str) -> dict[str, Any] | No
         training_step(model, batches_of(name, rotating_ids(case.shape, 1, 8, device)), optimizer)()
         before = current_memory(device)
         ids = rotating_ids(case.shape, case.rows, case.length, device)
-        runs = {"step": training_step(model, batches_of(name, ids), optimizer)}
+        batches = batches_of(name, ids)
+        if case.documents is not None:
+            positions = (torch.arange(case.length, device=device) % case.documents).expand(case.rows, -1)
+            batches = ({**batch, "position_ids": positions} for batch in batches)
+        runs = {"step": training_step(model, batches, optimizer)}
         seconds = interleave(runs, stopwatch, Options(case.steps), warmup=min(case.steps - 1, 1))["step"]
     except torch.OutOfMemoryError:
         return None

@@ -190,8 +190,8 @@ def predicate_of_blocks(
     rows, head = torch.arange(batch_size)[:, None, None, None], torch.zeros(1, 1, 1, 1, dtype=torch.int64)
 
     def visible(block: Block) -> torch.Tensor:
-        queries = torch.arange(block.queries.start, block.queries.stop)[None, None, :, None]
-        keys = torch.arange(block.keys.start, block.keys.stop)[None, None, None, :]
+        queries, keys = (torch.arange(part.start, part.stop)[None, None] for part in block)
+        queries, keys = queries[..., None], keys[..., None, :]
         seen = mask_function(rows, head, queries, keys)
         if padding is not None:
             seen = seen & padding[:, None, None, block.keys]

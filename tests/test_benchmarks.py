@@ -31,6 +31,7 @@ PICTURES = {
     "memory": ["memory.png"],
     "growth": ["growth-length.png"],
     "packing": ["packing.png"],
+    "blocks": ["blocks.png"],
     "startup": ["startup.png"],
     "tokenizer": ["tokenizer.png"],
     "collators": ["collators.png"],
