@@ -4,12 +4,13 @@ made from the predicate that transformers hands over.
 Shapes: B batch, H heads.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
@@ -111,8 +112,9 @@ def check_documents(
         seen = seen if seen.dtype == torch.bool else seen > HIDDEN
     if seen[min(row, len(seen) - 1), 0, 0].all():
         raise ValueError(
-            "`position_ids` restart at 0, as in packed documents, which transformers keeps apart only without a cache "
-            "and without `attention_mask`: pass `use_cache=False` and no mask"
+            "`position_ids` restart at 0, as in packed documents, but the mask lets them see each other: transformers "
+            "keeps them apart only without cache and mask (pass `use_cache=False` and no `attention_mask`), and not "
+            f"in every model ({type(module).__name__} here)"
         )
 
 
@@ -140,7 +142,17 @@ def blocked_attention_mask(
 
     Returns:
         A `BlockedMask` or a boolean tensor, [B, 1, q_length, kv_length], or None for plain causal or full attention.
+
+    Raises:
+        ValueError: for a model (by its `config` among the keywords) that would not hand the mask to an attention
+            function.
     """
+    config = kwargs.get("config")
+    if config is not None and not torch.compiler.is_compiling() and not reads_masks_of_sdpa(type(config)):
+        raise ValueError(
+            f"attn_implementation={BLOCKS!r} cannot serve the model of {type(config).__name__}, which computes "
+            "attention by itself instead of asking transformers' AttentionInterface: use 'eager'"
+        )
     if isinstance(attention_mask, BlockedMask):
         # `generate()` makes the masks of a static cache itself, and hands them to the model as its `attention_mask`.
         return attention_mask
@@ -169,6 +181,19 @@ def blocked_attention_mask(
         device=device,
         **kwargs,
     )
+
+
+@functools.cache
+def reads_masks_of_sdpa(config_class: type) -> bool:
+    """Whether a model of this config leaves attention to functions of transformers' form. Older ones add the mask to
+    their scores: a boolean one, or None, would be wrong there in silence."""
+    found, classes = [], [PreTrainedModel]
+    while classes:
+        each = classes.pop()
+        classes += each.__subclasses__()
+        if each.config_class is config_class:
+            found.append(each)
+    return not found or any(each._can_set_attn_implementation() for each in found)
 
 
 def is_square(q_length: int, kv_length: int, q_offset: int | torch.Tensor, kv_offset: int) -> bool:

@@ -284,6 +284,16 @@ def test_what_changes_scores_is_refused(model_type, fields, keyword, length):
 
 
 @pytest.mark.parametrize("length", [20, LENGTH])
+@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
+def test_a_model_with_attention_of_its_own_is_refused(model_type, length):
+    sizes = {"hidden_size": 32, "n_layer": 1, "n_head": 4} if model_type == "bloom" else {"d_model": 32, "n_layers": 1}
+    config = CONFIG_MAPPING[model_type](vocab_size=64, **sizes, **({"n_heads": 4} if model_type == "mpt" else {}))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=BLOCKS)
+    with pytest.raises(ValueError, match=f"cannot serve the model of {model_type.capitalize()}Config"):
+        model(tokens(length=length))
+
+
+@pytest.mark.parametrize("length", [20, LENGTH])
 def test_other_keywords_are_refused(length):
     model = model_of("llama")
     model.set_attn_implementation(BLOCKS)
@@ -301,7 +311,7 @@ def test_documents_that_transformers_would_mix_are_refused(family, lengths):
     model = model_of(family, max_position_embeddings=2048)
     model.set_attn_implementation(BLOCKS)
     for more in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(inputs["input_ids"])}):
-        with pytest.raises(ValueError, match=r"restart at 0, as in packed documents.*use_cache=False"):
+        with pytest.raises(ValueError, match=r"restart at 0, as in packed documents.*use_cache=False.*Attention here"):
             model(**inputs, **more)
     model(**inputs, use_cache=False)
 

@@ -40,7 +40,7 @@ def test_a_drawing_can_be_checked_by_hand():
     assert draw_mask(config, 4, prefix_mask=torch.tensor([[1, 1, 1, 0]])) == "■ ■ ■ ·\n■ ■ ■ ·\n■ ■ ■ ·\n· · ■ ■"
 
 
-@pytest.mark.parametrize("page", ["variants", "publishing", "tokenizers", "conversion", "infilling"])
+@pytest.mark.parametrize("page", ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks"])
 def test_the_code_of_a_page_runs(page, tmp_path):
     text = (DOCS / f"{page}.md").read_text("utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
