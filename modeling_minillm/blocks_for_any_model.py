@@ -148,7 +148,7 @@ def blocked_attention_mask(
             function.
     """
     config = kwargs.get("config")
-    if config is not None and not torch.compiler.is_compiling() and not reads_masks_of_sdpa(type(config)):
+    if config is not None and not reads_masks_of_sdpa(type(config)):
         raise ValueError(
             f"attn_implementation={BLOCKS!r} cannot serve the model of {type(config).__name__}, which computes "
             "attention by itself instead of asking transformers' AttentionInterface: use 'eager'"
@@ -183,6 +183,7 @@ def blocked_attention_mask(
     )
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def reads_masks_of_sdpa(config_class: type) -> bool:
     """Whether a model of this config leaves attention to functions of transformers' form. Older ones add the mask to

@@ -270,6 +270,7 @@ def test_an_attention_layer_gets_what_its_model_gives_it(name):
     assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients) == 1
 
 
+@pytest.mark.slow
 def test_the_plans_for_cuda_run_on_cpu(monkeypatch):
     """With SDPA in place of flex attention, which has no backward pass on CPU, and compiled without a compiler."""
     from_config, compile_module, compiled = models.AutoModelForCausalLM.from_config, torch.nn.Module.compile, []

@@ -291,6 +291,10 @@ def test_a_model_with_attention_of_its_own_is_refused(model_type, length):
     model = AutoModelForCausalLM.from_config(config, attn_implementation=BLOCKS)
     with pytest.raises(ValueError, match=f"cannot serve the model of {model_type.capitalize()}Config"):
         model(tokens(length=length))
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="cannot serve the model of"):
+        torch.compile(model, backend="eager", fullgraph=True)(tokens(length=length))
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("length", [20, LENGTH])
