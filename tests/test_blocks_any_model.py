@@ -22,7 +22,15 @@ from blocks_cases import (
 )
 from peft import PrefixTuningConfig, get_peft_model
 from test_loss import LargestTensor
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.masking_utils import create_causal_mask
 
 from minillm import blocked_attention
@@ -91,6 +99,28 @@ def test_short_texts_are_left_to_sdpa(length, counted):
     model.set_attn_implementation(BLOCKS)
     assert_same_logits(logits_of(model, inputs), expected)
     assert not counted
+
+
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["", "lengths for flash kernels"])
+def test_the_stock_trainer_packs(with_lengths, counted, tmp_path):
+    generator, losses = torch.Generator().manual_seed(3), []
+    lengths = torch.randint(40, 100, (16,), generator=generator).tolist()
+    documents = [{"input_ids": torch.randint(3, 64, (length,), generator=generator).tolist()} for length in lengths]
+    for back_end in ("eager", BLOCKS):
+        model = model_of("qwen3")
+        model.set_attn_implementation(back_end)
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                str(tmp_path), per_device_train_batch_size=4, max_steps=3, logging_steps=1, use_cpu=True, report_to=[]
+            ),
+            train_dataset=documents,
+            data_collator=DataCollatorWithFlattening(return_flash_attn_kwargs=with_lengths),
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[1]) == 3
+    assert counted == ["flash"] * 6
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
