@@ -26,6 +26,7 @@ class Case(NamedTuple):
     Args:
         at_least: the ratio to hold against SDPA.
         most_rounds: for what takes long; the eager attention of as many tokens is left out.
+        shape: if it is not the plan's; of Llama alone.
     """
 
     way: str
@@ -33,10 +34,12 @@ class Case(NamedTuple):
     length: int
     at_least: float | None
     most_rounds: int | None = None
+    shape: Shape | None = None
 
     @property
     def what(self) -> str:
-        return f"{self.way}, {self.rows} x {self.length:,} tokens"
+        size = "" if self.shape is None else f", {self.shape.num_hidden_layers} layers of {self.shape.hidden_size}"
+        return f"{self.way}, {self.rows} x {self.length:,} tokens{size}"
 
 
 class Plan(NamedTuple):
@@ -50,7 +53,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "cpu": Plan(
-        Shape(8192, 256, 6, 8, 8192),
+        Shape(512, 256, 4, 8, 8192),
         (
             Case(PLAIN, 4, 512, 0.98),
             Case(PLAIN, 1, 2048, 0.98),
@@ -58,7 +61,9 @@ PLANS = {
             Case(PACKED, 4, 512, None),
             Case(PACKED, 1, 2048, 2.0),
             Case(PACKED, 1, 8192, None, most_rounds=3),
-            Case(DECODING, 1, 64, 0.98),
+            # The width, depth and vocabulary of SmolLM2-135M.
+            Case(PACKED, 1, 2048, None, most_rounds=3, shape=Shape(49152, 576, 30, 9, 2048)),
+            Case(DECODING, 1, 256, 0.98),
         ),
         FAMILIES,
         (2048, 4096, 8192),
@@ -134,13 +139,14 @@ def measure(options: Options) -> dict[str, Any]:
         return result
     stopwatch = Stopwatch("cpu", options.clock)
     for case in plan.cases:
-        for family in (*plan.families, OWN):
+        shape = case.shape or plan.shape
+        for family in (*plan.families, OWN) if case.shape is None else plan.families[:1]:
             contenders = contenders_of(family, case)
             if options.out_of_time():
                 result["not_measured"].append({"what": case.what, "contender": family, "reason": "no time was left"})
                 continue
             start_afresh()
-            makers = {each.name: partial(prepare, case, each, plan.shape, stopwatch) for each in contenders}
+            makers = {each.name: partial(prepare, case, each, shape, stopwatch) for each in contenders}
             rounds = min(options.steps, case.most_rounds or options.steps)
             times = interleave(make_ready(makers), stopwatch, dataclasses.replace(options, steps=rounds))
             for name, values in times.items():

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from minillm.position_bias import PositionBias
 from minillm.tuning import tuning
 
+SHORTEST_BLOCK = 16
+"""Queries: a call of the kernel for fewer costs as much as meeting keys in vain."""
 HIDDEN = torch.finfo(torch.float32).min / 2
 """Half of the least number, to which a bias can be added."""
 
@@ -84,17 +86,19 @@ class BlockedMask:
         for start in range(0, length, block_size(length)):
             queries = slice(start, min(length, start + block_size(length)))
             # As numbers: `amax` and `amin` take a tenth of the time of `any` and `all`.
-            seen = visible(Block(queries, slice(0, length))).flatten(0, -2).view(torch.uint8)
-            by_one = seen.amax(0).nonzero()
-            # Queries of which none sees a key meet each other's, and all of these alike.
-            keys = slice(int(by_one[0]), int(by_one[-1]) + 1) if len(by_one) else queries
-            block = Block(queries, keys)
-            self.blocks.append(self._cut(block, _runs(seen.amin(0).bool())))
-            for part in self.blocks[-1]:
-                if room > 0:
-                    scores = self.scores(part)
-                    room -= sum(tensor.numel() for tensor in scores if tensor is not None)
-                    part.kept = scores if room >= 0 else None
+            seen = visible(Block(queries, slice(0, length)))[:, 0].view(torch.uint8)
+            by_some, by_all = seen.amax(0), seen.amin(0)  # [queries, keys]: seen in some row, in every row
+            for own in _between_documents(by_some, start):
+                queries = slice(start + own.start, start + own.stop)
+                by_one = by_some[own].amax(0).nonzero()
+                # Queries of which none sees a key meet each other's, and all of these alike.
+                keys = slice(int(by_one[0]), int(by_one[-1]) + 1) if len(by_one) else queries
+                self.blocks.append(self._cut(Block(queries, keys), _runs(by_all[own].amin(0).bool())))
+        for part in (part for parts in self.blocks for part in parts):
+            if room > 0:
+                scores = self.scores(part)
+                room -= sum(tensor.numel() for tensor in scores if tensor is not None)
+                part.kept = scores if room >= 0 else None
 
     def dense(self) -> torch.Tensor:
         """The mask in one tensor: boolean [B, 1, length, length], or additive [B, H, length, length] with a bias."""
@@ -175,6 +179,22 @@ def _densified(value: Any) -> Any:
 
 def _length(part: slice) -> int:
     return part.stop - part.start
+
+
+def _between_documents(seen: torch.Tensor, start: int) -> list[slice]:
+    """Cuts queries at those that see no key before themselves, as the first of a document does, so that these need not
+    meet what the queries before them see; neither side of a cut is short.
+
+    Args:
+        seen: [queries, keys], not 0 where a key is seen; the first query stands in slot `start`.
+    """
+    count = seen.shape[0]
+    firsts = (seen.tril(start - 1).amax(-1) == 0).nonzero().flatten().tolist()
+    cuts = [0]
+    for at in firsts:
+        if at - cuts[-1] >= SHORTEST_BLOCK and count - at >= SHORTEST_BLOCK:
+            cuts.append(at)
+    return [slice(*ends) for ends in zip(cuts, [*cuts[1:], count], strict=True)]
 
 
 def _runs(flags: torch.Tensor) -> list[slice]:
