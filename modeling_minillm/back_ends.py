@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
 from minillm.attention import eager_attention_forward
-from minillm.blocked_attention import BlockedMask, autocast_dtype, blocked_attention_forward, pays_in_blocks
+from minillm.blocked_attention import BlockedMask, autocast_dtype, blocked_attention_forward
 from minillm.cache import CACHE_NAME
 from minillm.capabilities import BLOCKS, check, kind_of, refusal
 from minillm.checks import GivenTokens, check_own_mask, require
@@ -143,6 +143,8 @@ def for_sdpa(call: Call, function: Callable) -> AttentionInputs:
         return AttentionInputs(folded_attention_forward, None, folded)
     is_open = not call.has_bias and is_plain(geometry, call.tokens)
     if is_own and runs_in_blocks(call, is_open):
+        # Parts may be made anew in the backward pass, when the caller has filled the buffers for the next batch.
+        call = call._replace(tokens=call.tokens.copy())
         return AttentionInputs(blocked_attention_forward, blocked_mask(geometry, call.tokens, call.bias()))
     if is_open:
         return AttentionInputs(function)
@@ -228,12 +230,13 @@ def is_causal_square(geometry: Geometry) -> bool:
 
 
 def runs_in_blocks(call: Call, is_open: bool) -> bool:
-    """Whether attention pays off in blocks: on CPU, over fresh keys, and in no graph. `is_open`: no mask is needed but
-    the causal one."""
+    """Whether attention pays off in blocks: on CPU, over fresh keys that are not few, and in no graph. Where no mask
+    is needed but the causal one (`is_open`), SDPA has its own way with many tokens, and with full attention."""
     geometry = call.geometry
     if call.device != "cpu" or not geometry.is_square or is_tracing(call.inputs_embeds):
         return False
-    return pays_in_blocks(geometry.query_length, is_causal_square(geometry), is_open)
+    longest = tuning.plain_blocks_up_to if is_causal_square(geometry) else 0
+    return geometry.query_length > tuning.blocks_from and (not is_open or geometry.query_length <= longest)
 
 
 def folds(call: Call) -> bool:

@@ -46,13 +46,6 @@ class Part:
         self.kept: Scores | None = None
 
 
-def pays_in_blocks(length: int, is_causal: bool, is_open: bool) -> bool:
-    """Whether blocks are worth it for a square mask: not over few tokens. Where no mask is needed but the causal one
-    (`is_open`), SDPA has its own way with many tokens, and with full attention."""
-    longest = tuning.plain_blocks_up_to if is_causal else 0
-    return length > tuning.blocks_from and (not is_open or length <= longest)
-
-
 def block_size(length: int) -> int:
     """Queries in a block: few enough to leave out most of what is hidden, enough to keep the kernel busy."""
     return min(256, max(128, length // 8))
@@ -72,9 +65,11 @@ class BlockedMask:
 
     Attributes:
         blocks: the parts of each block.
+        is_checked: whether it was held against the positions that came with it.
     """
 
     ndim = 4
+    is_checked = False
 
     def __init__(
         self, batch: int, length: int, visible: Callable[[Block], torch.Tensor], bias: PositionBias | None = None

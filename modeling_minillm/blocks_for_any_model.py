@@ -10,28 +10,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
-from minillm.blocked_attention import (
-    HIDDEN,
-    Block,
-    BlockedMask,
-    block_size,
-    blocked_attention_forward,
-    pays_in_blocks,
-)
+from minillm.blocked_attention import Block, BlockedMask, block_size, blocked_attention_forward
 from minillm.capabilities import BLOCKS
-from minillm.checks import is_transformed
+from minillm.checks import is_transformed, require
+from minillm.tuning import tuning
 
 HARMLESS_KEYWORDS = frozenset(
-    # What models hand down to attention that changes no score: it is read elsewhere, is in the mask already, or is for
-    # kernels that take lengths instead of a mask.
+    # What calls and models hand down to attention that changes no score: it is read elsewhere, by the loss for one, is
+    # in the mask already, or is for kernels that take lengths instead of a mask.
     "sliding_window is_causal position_ids cache_position past_key_values cache use_cache layer_idx "
-    "output_hidden_states output_router_logits return_dict num_items_in_batch logits_to_keep token_type_ids "
-    "mm_token_type_ids seq_idx cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k deterministic "
+    "output_hidden_states output_router_logits return_dict use_return_dict return_loss labels shift_labels "
+    "ignore_index reduction num_items_in_batch logits_to_keep token_type_ids mm_token_type_ids completion_mask "
+    "assistant_masks length seq_lengths seq_idx cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k deterministic "
     "target_dtype".split()
 )
 
@@ -57,9 +53,11 @@ def attention_of_any_model(
         The output [B, queries, H, head_dim], and None.
 
     Raises:
-        ValueError: for a keyword that may change scores, such as `softcap`; and where `position_ids` restart but the
-            mask lets a document see the one before.
+        ValueError: for a model that SDPA cannot serve; for a keyword that may change scores, such as `softcap`; and
+            where `position_ids` restart but the mask lets a document see the one before (in a traced graph a
+            RuntimeError when it runs).
     """
+    check_model(getattr(module, "config", None))
     check_keywords(module, kwargs)
     check_documents(module, query, key, attention_mask, kwargs.get("position_ids"))
     attend = blocked_attention_forward if isinstance(attention_mask, BlockedMask) else sdpa_attention_forward
@@ -90,32 +88,47 @@ def check_documents(
     mask: BlockedMask | torch.Tensor | None,
     position_ids: torch.Tensor | None,
 ) -> None:
-    """Refuses packed documents [B or 1, length], of which transformers was not told: it looks at positions only where
-    neither a cache nor an `attention_mask` is given, and lets documents see each other in silence otherwise."""
-    if position_ids is None or position_ids.ndim != 2 or getattr(module, "layer_idx", None):
-        # All layers get the same, so the first is asked.
+    """Refuses packed documents that the mask lets see each other: transformers looks for them only where neither a
+    cache nor an `attention_mask` is given, and not in every model.
+
+    Args:
+        position_ids: [B or 1, length]; or of several axes [axes, B, length], the first of texts or time.
+    """
+    positions = position_ids[0] if position_ids is not None and position_ids.ndim == 3 else position_ids
+    if positions is None or positions.ndim != 2 or positions.device.type == "meta" or is_transformed():
         return
-    length = position_ids.shape[1]
-    if length == 1 or not query.shape[2] == key.shape[2] == length or is_tracing(query) or query.device.type == "meta":
+    length, is_traced = positions.shape[1], is_tracing(query)
+    if length == 1 or not query.shape[2] == key.shape[2] == length:
         return
-    restarts = (position_ids[:, 1:] == 0).nonzero()
-    if len(restarts) == 0:
+    if is_traced and getattr(module, "layer_idx", None):
+        # All layers get the same: one assertion is enough in a graph.
         return
-    row, before = restarts[0].tolist()
-    # What the first token of a document sees of the last one before it, and of itself: padding, whose positions are 0
-    # too, may see the former, but not itself.
-    seen = torch.ones(1, 1, 1, 2, dtype=torch.bool)
-    if isinstance(mask, BlockedMask):
-        seen = mask.visible(Block(slice(before + 1, before + 2), slice(before, before + 2)))
-    elif mask is not None:
-        seen = mask[:, :, before + 1 : before + 2, before : before + 2]
-        seen = seen if seen.dtype == torch.bool else seen > HIDDEN
-    if seen[min(row, len(seen) - 1), 0, 0].all():
-        raise ValueError(
-            "`position_ids` restart at 0, as in packed documents, but the mask lets them see each other: transformers "
-            "keeps them apart only without cache and mask (pass `use_cache=False` and no `attention_mask`), and not "
-            f"in every model ({type(module).__name__} here)"
-        )
+    if isinstance(mask, BlockedMask) and (mask.is_checked or is_traced):
+        return
+    # Where positions fall, or count from 0 again; [B or 1, length - 1], of the tokens behind the first. Times may
+    # stand still at 0, as those of an image.
+    begins = positions[:, 1:] < positions[:, :-1]
+    if position_ids.ndim == 2:
+        begins = begins | ((positions[:, 1:] == 0) & F.pad(positions[:, 2:] == 1, (0, 1)))
+    if not is_traced and not begins.any():
+        return
+    message = (
+        "`position_ids` restart, as in packed documents, but the mask lets these see each other: transformers keeps "
+        "them apart only without a cache and a mask (pass `use_cache=False` and no `attention_mask`), and not in "
+        f"every model ({type(module).__name__} here)"
+    )
+    # Whether a document's first token sees the one before it; padding, whose position is 0 too, may, but not itself.
+    if mask is None:
+        require(~begins, message)
+    elif isinstance(mask, BlockedMask):
+        for at in begins.any(0).nonzero().flatten().tolist():
+            seen = mask.visible(Block(slice(at + 1, at + 2), slice(at, at + 2)))[:, 0, 0].all(-1)
+            require(~(seen & begins[:, at]), message)
+        mask.is_checked = True
+    elif mask.dtype == torch.bool and mask.shape[-2:] == (length, length):
+        # An additive mask is the caller's own, who knows.
+        seen = mask.diagonal(-1, -2, -1) & mask.diagonal(0, -2, -1)[..., 1:]
+        require(~(seen.any(1) & begins), message)
 
 
 def blocked_attention_mask(
@@ -144,28 +157,23 @@ def blocked_attention_mask(
         A `BlockedMask` or a boolean tensor, [B, 1, q_length, kv_length], or None for plain causal or full attention.
 
     Raises:
-        ValueError: for a model (by its `config` among the keywords) that would not hand the mask to an attention
-            function.
+        ValueError: for a model (by its `config` among the keywords) that SDPA cannot serve.
     """
-    config = kwargs.get("config")
-    if config is not None and not reads_masks_of_sdpa(type(config)):
-        raise ValueError(
-            f"attn_implementation={BLOCKS!r} cannot serve the model of {type(config).__name__}, which computes "
-            "attention by itself instead of asking transformers' AttentionInterface: use 'eager'"
-        )
+    check_model(kwargs.get("config"))
     if isinstance(attention_mask, BlockedMask):
         # `generate()` makes the masks of a static cache itself, and hands them to the model as its `attention_mask`.
         return attention_mask
-    is_causal, is_open = allow_is_causal_skip, allow_is_causal_skip or allow_is_bidirectional_skip
+    is_open = allow_is_causal_skip or allow_is_bidirectional_skip
     is_open = is_open and (local_size is None or kv_length < local_size)
-    padding = attention_mask
-    if is_square(q_length, kv_length, q_offset, kv_offset) and not use_vmap and runs_on(device):
-        if padding is not None and padding.all():
-            padding = None
+    is_long = is_square(q_length, kv_length, q_offset, kv_offset) and q_length > tuning.any_model_blocks_from
+    if is_long and not use_vmap and runs_on(device):
+        # Where no mask is needed SDPA has its own way, as it has for a mask without padding.
+        padding = None if attention_mask is None or attention_mask.all() else attention_mask
         fits = padding is None or padding.shape[-1] == kv_length
-        if fits and pays_in_blocks(q_length, is_causal, is_open and padding is None):
-            visible = predicate_of_blocks(batch_size, kv_length, mask_function, padding)
-            return BlockedMask(batch_size, kv_length, visible)
+        if fits and not (is_open and padding is None):
+            return BlockedMask(
+                batch_size, kv_length, predicate_of_blocks(batch_size, kv_length, mask_function, padding)
+            )
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -183,18 +191,32 @@ def blocked_attention_mask(
     )
 
 
+def check_model(config: PreTrainedConfig | None) -> None:
+    """Refuses models that would misread a mask of SDPA, or be misread by SDPA."""
+    if config is not None and not is_served_by_sdpa(type(config)):
+        raise ValueError(
+            f"attn_implementation={BLOCKS!r} cannot serve the model of {type(config).__name__}, as 'sdpa' cannot: it "
+            "computes attention by itself, or in a way of its own; use 'eager'"
+        )
+
+
 @torch.compiler.assume_constant_result
+def is_served_by_sdpa(config_class: type) -> bool:
+    """Whether a model of this config says so, and leaves attention to functions of transformers' form. Older ones add
+    the mask to their scores: a boolean one, or None, would be wrong there in silence."""
+    return _is_served_by_sdpa(config_class)
+
+
+# Beneath a name of its own, since a compiler that looks into a call of a cache warns.
 @functools.cache
-def reads_masks_of_sdpa(config_class: type) -> bool:
-    """Whether a model of this config leaves attention to functions of transformers' form. Older ones add the mask to
-    their scores: a boolean one, or None, would be wrong there in silence."""
+def _is_served_by_sdpa(config_class: type) -> bool:
     found, classes = [], [PreTrainedModel]
     while classes:
         each = classes.pop()
         classes += each.__subclasses__()
         if each.config_class is config_class:
             found.append(each)
-    return not found or any(each._can_set_attn_implementation() for each in found)
+    return not found or any(each._supports_sdpa and each._can_set_attn_implementation() for each in found)
 
 
 def is_square(q_length: int, kv_length: int, q_offset: int | torch.Tensor, kv_offset: int) -> bool:
@@ -213,6 +235,8 @@ def predicate_of_blocks(
 ) -> Callable[[Block], torch.Tensor]:
     """The mask of a block, boolean [B or 1, 1, queries, keys], with padding [B, length] in it. A query that sees no
     key at all, as one of padding on the left, sees itself."""
+    # Blocks may be made anew in the backward pass, when the caller has filled the buffer for the next batch.
+    padding = None if padding is None else padding.clone()
     rows, head = torch.arange(batch_size)[:, None, None, None], torch.zeros(1, 1, 1, 1, dtype=torch.int64)
 
     def visible(block: Block) -> torch.Tensor:

@@ -51,6 +51,10 @@ class Tokens(NamedTuple):
     blocks: torch.Tensor | None = None
     given_positions: torch.Tensor | None = None
 
+    def copy(self) -> "Tokens":
+        """The same in memory of its own, whatever becomes of the tensors that the caller gave."""
+        return Tokens(*(fact if fact is None else fact.clone() for fact in self))
+
 
 def read_tokens(config: MiniLLMConfig, geometry: Geometry, given: GivenTokens) -> Tokens:
     """Reads and checks what the caller says of the tokens.

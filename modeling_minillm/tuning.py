@@ -60,6 +60,8 @@ class Tuning:
         least_room: tokens that a layer of the cache makes room for at once, or one in eight of those it holds where
             that is more.
         blocks_from: on CPU, attention over more new tokens than this is worked through in blocks. `2**62`: never.
+        any_model_blocks_from: the same for other models under the name "minillm_blocks", whose own masks of so few
+            tokens cost less than blocks do.
         plain_blocks_up_to: on CPU, beyond so many tokens SDPA's own way with plain causal attention beats blocks.
         kept_elements: elements of masks that blocks keep for all layers; those beyond are made anew wherever they are
             used, the backward pass included, so that memory grows with the length and not with its square.
@@ -78,6 +80,7 @@ class Tuning:
     growing_elements: int = 2**16
     least_room: int = 64
     blocks_from: int = 128
+    any_model_blocks_from: int = 256
     plain_blocks_up_to: int = 1024
     kept_elements: int = 2**26
     open_block_keys: int = 1024

@@ -57,6 +57,17 @@ FAMILIES = {
     "modernbert": ("modernbert", {"local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2}),
 }
 ENCODERS = ("bert", "modernbert")
+# Layers of the two that need a mask for a plain text.
+MASKED_LAYERS = {
+    "qwen2 windows": 1,
+    "gemma3": 1,
+    "mistral window": 2,
+    "mixtral window": 2,
+    "phi3 window": 2,
+    "cohere2": 1,
+    "llama4 chunks": 1,
+    "modernbert": 1,
+}
 DECODERS = tuple(name for name in FAMILIES if name not in ENCODERS)
 
 

@@ -119,7 +119,7 @@ def test_supervised_fine_tuning_equals_llama(mode, tokenizer, tmp_path):
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
 def test_packing_in_blocks_equals_eager(model_type, checkpointing, tokenizer, tmp_path, monkeypatch):
     """With transformers' own models."""
-    monkeypatch.setattr(tuning, "blocks_from", 16)
+    monkeypatch.setattr(tuning, "any_model_blocks_from", 16)
     calls, attend = [], blocks_for_any_model.blocked_attention_forward
     monkeypatch.setattr(
         blocks_for_any_model, "blocked_attention_forward", lambda *args, **kw: calls.append(1) or attend(*args, **kw)
