@@ -333,6 +333,24 @@ def test_generated_text_after_a_long_prompt_equals_eager(variant):
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("name", ["attention_mask", "document_ids", "prefix_mask"])
+def test_buffers_may_be_filled_anew_before_the_backward_pass(name, monkeypatch):
+    monkeypatch.setattr(tuning, "kept_elements", 0)
+    model, inputs = loud_model(config_of("prefix alibi")), token_batch("prefix alibi", False)
+    first = (torch.arange(LENGTH) < 200).repeat(2, 1)
+    inputs[name] = {"attention_mask": first, "document_ids": (~first).long(), "prefix_mask": first.long()}[name]
+
+    def gradients(refill):
+        model.zero_grad()
+        logits = model(**inputs, use_cache=False).logits
+        if refill:
+            inputs[name].fill_(1)
+        logits[:, :200].square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
 def test_gradient_checkpointing_over_blocks_changes_nothing():
     model, inputs = loud_model(config_of("prefix alibi")).train(), token_batch("prefix alibi", True)
     expected = logits_and_gradients(model, inputs)

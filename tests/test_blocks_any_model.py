@@ -331,7 +331,7 @@ def test_a_bias_on_scores_is_refused(length):
 def test_a_soft_cap_is_refused(length):
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma2"](**TINY), attn_implementation=BLOCKS)
     # transformers 5.24 says that SDPA cannot serve the model; 5.17 does not.
-    with pytest.raises(ValueError, match="cannot serve the model of Gemma2Config|hands `softcap` to attention"):
+    with pytest.raises(ValueError, match=r"cannot serve the model of Gemma2Config|hands `softcap` to attention"):
         model(tokens(length=length))
 
 
