@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerFast
 
+from minillm.conversion.checkpoint import kind_of
 from minillm.conversion.family import ConversionError
 
 # Without the number of key heads transformers leaves queries and keys in GGUF's order; for others it has defaults.
@@ -62,6 +63,7 @@ class GGUFCheckpoint:
         if model.config.tie_word_embeddings:
             del self.tensors["lm_head.weight"]
         self.shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        self.kinds = {name: kind_of(tensor) for name, tensor in self.tensors.items()}
         self.names = self.tensors.keys()
 
     def tensor(self, name: str) -> torch.Tensor:
