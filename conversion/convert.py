@@ -26,6 +26,7 @@ from minillm.conversion.checkpoint import (
     widest,
     write_weights,
 )
+from minillm.conversion.comparison import compare_conversion, compare_export
 from minillm.conversion.families import BLOOM, FALCON, GLM, GPT2, LLAMA, MIXTRAL, MPT
 from minillm.conversion.family import ConversionError, Family, NameMapping
 from minillm.conversion.gguf_file import GGUFCheckpoint
@@ -136,6 +137,7 @@ class Plan:
         overrides: dict[str, Any],
     ) -> None:
         raw = {key: value for key, value in checkpoint.config.items() if key not in set(ignore_keys)}
+        self.raw, self.overrides = raw, overrides
         raw["_name_or_path"] = raw.get("_name_or_path") or checkpoint.folder.resolve().name
         self.checkpoint = checkpoint
         self.family = detect(raw) if family is None else family_of(family)
@@ -258,7 +260,8 @@ def convert(
     """Writes a folder with the MiniLLM of another family's checkpoint: weights, config, code, tokenizer, model card.
 
     Tensors are read and written one output shard at a time, so that memory holds no more than a shard and a layer. The
-    folder appears when it is complete; an interruption leaves nothing.
+    folder appears when it is complete; an interruption leaves nothing. Before that its logits are compared with those
+    of transformers' own model of the checkpoint, where there is one that fits in memory; else the log says so.
 
     Args:
         out: the folder; replaced if it exists.
@@ -267,7 +270,7 @@ def convert(
         source, family, dtype, revision, ignore_keys, overrides: as for `load`.
 
     Raises:
-        ConversionError: as `load`.
+        ConversionError: as `load`, or the written model computes something else than its source.
     """
     checkpoint = open_checkpoint(source, revision)
     plan = Plan(checkpoint, family, ignore_keys, overrides)
@@ -286,6 +289,7 @@ def convert(
         if not (folder / "generation_config.json").exists():
             complete_generation_config(model)
             model.generation_config.save_pretrained(folder)
+        compare_conversion(plan, folder, dtype)
     return plan.config
 
 
@@ -316,6 +320,9 @@ def export(
 ) -> dict[str, Any]:
     """Writes a MiniLLM folder as a checkpoint of another family, where that family computes exactly the same.
 
+    No code goes with it: the tokenizer becomes one of transformers. The logits of the written model are compared with
+    the source's before the folder appears, where one model at a time fits in memory; else the log says so.
+
     Args:
         source: a folder or Hub repository with a MiniLLM causal language model.
         out: the folder; replaced if it exists.
@@ -327,7 +334,8 @@ def export(
         The native config.
 
     Raises:
-        ConversionError: the family has no such model (each field in the way is named), or the folder is damaged.
+        ConversionError: the family has no such model (each field in the way is named), the folder is damaged or holds
+            links that lead out of it, or the written model or tokenizer differs from the source's.
     """
     target = family_of(family)
     checkpoint = Checkpoint(local_folder(source))
@@ -355,6 +363,7 @@ def export(
         else:
             (folder / CONFIG_NAME).write_text(json.dumps(native_config, indent=2) + "\n", "utf-8")
         carry_over_plainly(checkpoint.folder, folder)
+        compare_export(target, checkpoint, config, folder, dtype, partial(load, folder, family))
     return native_config
 
 

@@ -59,7 +59,7 @@ class GGUFCheckpoint:
         for key in ("quantization_config", "_model_name_or_path"):
             self.config.pop(key, None)
         self.generation_config: GenerationConfig = model.generation_config
-        self.tensors = model.state_dict()
+        self.model, self.tensors = model, model.state_dict()
         if model.config.tie_word_embeddings:
             del self.tensors["lm_head.weight"]
         self.shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
