@@ -64,11 +64,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def few_logits(model: Any) -> torch.Tensor:
-    """Logits [1, tokens, vocab_size] of tokens spread over the vocabulary, in float64; the mode is put back.
+    """Logits [1, tokens, vocab_size] of tokens spread over the vocabulary, in float64; modes are put back.
 
     A prefix model reads the first third as its prefix.
     """
-    config, was_training = model.config, model.training
+    config, modes = model.config, [(module, module.training) for module in model.modules()]
     longest = getattr(config, "max_position_embeddings", None) or TOKENS
     count = max(1, min(TOKENS, longest))
     ids = (torch.arange(count) * max(1, config.vocab_size // count) + 3) % config.vocab_size
@@ -80,7 +80,8 @@ def few_logits(model: Any) -> torch.Tensor:
         with torch.no_grad():
             return model(**inputs, use_cache=False, return_dict=True).logits.double().cpu()
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:

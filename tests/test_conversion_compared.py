@@ -11,6 +11,7 @@ from cli_cases import fail, invoke, save_small_model, small_tokenizer, succeed, 
 from conversion_cases import edit_json, logits_of, save_native
 from native_families import CASES
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minillm import MiniLLMForCausalLM
@@ -19,6 +20,7 @@ from minillm.conversion.families import LLAMA
 from minillm.conversion.transforms import Transform
 
 SOURCE = "minillm.conversion.comparison"
+BIN = "pytorch_model.bin"
 FIXTURES = Path(__file__).parent / "families"
 
 
@@ -39,6 +41,21 @@ def test_conversions_both_ways_say_that_logits_agree(name, tmp_path, told):
     save_native(tmp_path / "native", name)
     convert(tmp_path / "native", tmp_path / "ours", dtype=torch.bfloat16)
     export(tmp_path / "ours", tmp_path / "back", CASES[name][0])
+    assert told().count("agree with the source's") == 2, told()
+
+
+def test_files_of_other_forms_are_compared_as_well(tmp_path, told):
+    """Weights in `.bin`, a head that repeats tied embeddings, names without the prefix of the base model."""
+    save_native(tmp_path / "native")
+    file = tmp_path / "native" / "model.safetensors"
+    tensors = load_file(file)
+    torch.save(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file.with_name(BIN))
+    file.unlink()
+    convert(tmp_path / "native", tmp_path / "ours")
+    save_native(tmp_path / "bare", "gpt2")
+    file = tmp_path / "bare" / "model.safetensors"
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}, file)
+    convert(tmp_path / "bare", tmp_path / "gpt2", max_shard_size="60KB")
     assert told().count("agree with the source's") == 2, told()
 
 
@@ -129,8 +146,10 @@ def test_threads_modes_and_logging_are_left_alone(tmp_path):
     from transformers.utils import logging as stock
 
     model = save_native(tmp_path / "native").train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
     comparison.few_logits(model)
-    assert model.training
+    assert [module.training for module in model.modules()] == before and len(set(before)) == 2
     before = stock.get_verbosity(), stock.is_progress_bar_enabled()
     convert(tmp_path / "native", tmp_path / "ours")
     assert (stock.get_verbosity(), stock.is_progress_bar_enabled()) == before

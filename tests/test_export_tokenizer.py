@@ -3,14 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cli_cases import MIXED_TEXT, python_source, small_model
 from conversion_cases import save_native
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, pipeline
 
 from minillm import MiniLLMTokenizer
-from minillm.conversion import ConversionError, convert, export
+from minillm.conversion import ConversionError, convert, detect, export
 from minillm.tokenization.tokenization_minillm import SUBWORD_MODELS
 
 CHAT = [
@@ -159,6 +160,30 @@ def test_a_stock_tokenizer_is_copied_as_it_is(tmp_path):
     require_no_code(tmp_path / "llama")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "llama" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+
+def test_the_stock_llama_tokenizer_is_read_as_before(tmp_path):
+    """transformers builds it anew from its vocabulary, and chooses the class by the config beside it."""
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "c", "\u2581a", "ab", "\u2581ab"]
+    vocab = {piece: number for number, piece in enumerate([*pieces, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    stock = LlamaTokenizer(vocab=vocab, merges=[("\u2581", "a"), ("a", "b"), ("\u2581a", "b")])
+    small_model(stock).save_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "ours")
+    expected = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "llama", "llama")
+    found = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    assert type(found) is type(expected) is LlamaTokenizer
+    assert [found(text) for text in TEXTS] == [expected(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "families").iterdir()), ids=lambda path: path.name)
+def test_families_that_transformers_lacks_get_a_plain_tokenizer_too(folder, tmp_path):
+    convert(folder, tmp_path / "ours")
+    train().save_pretrained(tmp_path / "ours")
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    export(tmp_path / "ours", tmp_path / "back", detect(raw | {"_name_or_path": folder.name}).name)
+    require_no_code(tmp_path / "back")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "back")(MIXED_TEXT) == train()(MIXED_TEXT)
 
 
 def test_a_tokenizer_that_reads_otherwise_is_refused(tmp_path, monkeypatch):
