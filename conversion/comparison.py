@@ -165,7 +165,7 @@ def compare_conversion(plan: Any, folder: Path, dtype: torch.dtype | None) -> No
 
     def source() -> torch.nn.Module:
         if isinstance(plan.checkpoint, GGUFCheckpoint):
-            return plan.checkpoint.model.to(dtype or kept).to(kept)
+            return rounded(plan.checkpoint.model, dtype or kept)
         return native_model(family, plan.checkpoint.folder, plan.raw, dtype, kept)
 
     def written() -> torch.nn.Module:
@@ -245,6 +245,13 @@ def native_model(
     if lacking := sorted(info["missing_keys"]):
         raise NotComparableError(f"transformers does not find {lacking[0]} in it")
     return model.to(kept)
+
+
+def rounded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model with its weights rounded to `dtype`; buffers, such as RoPE's frequencies, are no weights."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    return model
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
