@@ -71,6 +71,22 @@ def spoil(monkeypatch):
     monkeypatch.setitem(vars(LLAMA), "tensors", tuple(rules))
 
 
+def test_a_config_that_asks_for_tuples_is_compared(tmp_path, told):
+    save_native(tmp_path / "native", "llama")
+    edit_json(tmp_path / "native" / "config.json", return_dict=False)
+    convert(tmp_path / "native", tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back", "llama")
+    assert told().count("agree with the source's") == 2
+
+
+def test_a_source_that_cannot_be_run_is_not_compared(tmp_path, told):
+    """transformers builds such a Falcon, and then looks for norms that it has not made."""
+    save_native(tmp_path / "native", "falcon_7b")
+    edit_json(tmp_path / "native" / "config.json", num_ln_in_parallel_attn=2)
+    convert(tmp_path / "native", tmp_path / "ours")
+    assert "were not compared" in told()
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_what_differs_is_refused_and_leaves_nothing(dtype, tmp_path, monkeypatch):
     save_native(tmp_path / "native", "llama")
