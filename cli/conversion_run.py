@@ -1,5 +1,6 @@
 """`minillm convert` and `minillm export --as`."""
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def run_convert(
     """
     overrides, kind = read_settings(settings), torch_dtype(dtype)
     require_free(to)
-    with progress_of("tensors") as told:
+    with remarks_said(), progress_of("tensors") as told:
         convert(source, to, family, kind, ignore_keys=ignore_keys, progress=told, **overrides)
     say(f"written: {to}")
 
@@ -44,7 +45,7 @@ def run_export_as(
         if adapter is not None:
             export_model(model, Path(folder) / "merged", adapter, dtype)
             model = str(Path(folder) / "merged")
-        with progress_of("tensors") as told:
+        with remarks_said(), progress_of("tensors") as told:
             export(model, out, family, kind, progress=told, **overrides)
 
 
@@ -60,6 +61,29 @@ def read_settings(settings: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ValueError(f"--set {setting!r}: the value cannot be read") from error
     return found
+
+
+class Said(logging.Handler):
+    """Prints what a log is told as lines of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextmanager
+def remarks_said() -> Iterator[None]:
+    """Has the command print what conversion tells its log: whether logits were compared, what was left out."""
+    logger, said = logging.getLogger("minillm.conversion"), Said()
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(said)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(said)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`minillm export` and `minillm push`."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,9 @@ import torch
 from transformers import AutoTokenizer
 
 from minillm.cli.console import one_line, require_free, warn
-from minillm.cli.loading import load_model, load_pretrained
+from minillm.cli.loading import load_checked, load_model, load_pretrained
+from minillm.cli.merging import merge_adapter, tolerance
+from minillm.conversion.comparison import difference, few_logits, fits_in_memory, quiet
 from minillm.hub import replaced_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -17,8 +18,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export_model(model_name: str, out: Path, adapter: str | None = None, dtype: str | None = None) -> None:
     """Writes a complete folder: weights, config, tokenizer, code and card; an adapter is merged into the weights.
 
+    The logits of what is written are compared with the model's before the folder appears.
+
     Raises:
-        ValueError: an unknown dtype, an `out` that is not empty, or no model, tokenizer or adapter at the given place.
+        ValueError: an unknown dtype, an `out` that is not empty, no model, tokenizer or adapter at the given place, an
+            adapter that cannot be merged, or a written model that differs.
     """
     kind = torch_dtype(dtype)
     require_free(out)
@@ -31,6 +35,18 @@ def export_model(model_name: str, out: Path, adapter: str | None = None, dtype: 
     with replaced_folder(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        compare_written(model, partial)
+
+
+def compare_written(model: Any, folder: Path) -> None:
+    """Compares a model's logits with those of the folder that it was written to. ValueError where they differ."""
+    if not fits_in_memory(model.num_parameters(), model.dtype):
+        warn("the logits of the written model were not compared: a second model does not fit in the free memory")
+        return
+    with quiet():
+        written = few_logits(load_checked(str(folder), dtype="auto"))
+    if (off := difference(written, few_logits(model))) > tolerance(model.dtype):
+        raise ValueError(f"what was written computes other logits, off by {off:.2g} of the largest; nothing is left")
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
@@ -38,28 +54,6 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     if name not in (None, *DTYPES):
         raise ValueError(f"--dtype {name!r} is unknown; use {', '.join(DTYPES)}")
     return None if name is None else getattr(torch, name)
-
-
-def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
-    """The model with an adapter in its weights. ValueError if there is no whole adapter that fits."""
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings():
-            # PEFT makes up what an adapter lacks.
-            warnings.filterwarnings("error", ".*missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, adapter)
-    except Exception as error:
-        raise ValueError(f"{adapter} holds no adapter for {model_name}: {one_line(error)}") from error
-    base = adapted.peft_config["default"].base_model_name_or_path
-    if base and resolved(base) != resolved(model_name):
-        warn(f"{adapter} was made for {base}, not for {model_name}: the merged model may be of no use")
-    return adapted.merge_and_unload()
-
-
-def resolved(name: str) -> str:
-    """A folder's full path; a repository's name as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def push_model(model_name: str, repository: str, private: bool | None = None) -> str:

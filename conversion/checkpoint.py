@@ -1,10 +1,8 @@
 """Reading checkpoints tensor by tensor, and writing them shard by shard."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
@@ -13,17 +11,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from minillm.conversion.family import ConversionError
+from minillm.conversion.carried_files import (
+    GENERATION_CONFIG_NAME,
+    MORE_TEMPLATES,
+    TOKENIZER_FILES,
+    carry_over,
+    read_json,
+)
+from minillm.conversion.family import NAMED_IDS, ConversionError, real_ids
 
 MAX_SHARD_SIZE = "2GB"
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# As safetensors spells them, and torch.
+WEIGHT_KINDS = dict(zip("F64 F32 F16 BF16 float64 float32 float16 bfloat16".split(), WEIGHT_DTYPES * 2, strict=True))
 CONFIG_NAME = "config.json"
-GENERATION_CONFIG_NAME = "generation_config.json"
-# What carries a tokenizer and the way of generating, beside what a tokenizer's own config names.
-CARRIED = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
-    "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json "
-    "generation_config.json".split()
-)
 
 
 class Checkpoint:
@@ -35,6 +36,7 @@ class Checkpoint:
     Attributes:
         config: the content of `config.json`.
         names: tensor names in the order of the files.
+        shapes, kinds: shape and dtype of each tensor; the dtype as the files spell it.
 
     Raises:
         ConversionError: no or damaged config, no weights, or a shard that is missing or damaged.
@@ -47,11 +49,12 @@ class Checkpoint:
         self._pickle: tuple[Path, dict[str, torch.Tensor]] | None = None
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
+        self.kinds: dict[str, str] = {}
         for file in self.files:
-            for name, shape in self._shapes_in(file):
+            for name, kind, shape in self._headers_in(file):
                 if name in self.where:
                     raise ConversionError(f"the tensor `{name}` stands in {self.where[name].name} and in {file.name}")
-                self.where[name], self.shapes[name] = file, shape
+                self.where[name], self.kinds[name], self.shapes[name] = file, kind, shape
 
     @property
     def names(self) -> Iterable[str]:
@@ -70,19 +73,26 @@ class Checkpoint:
     def generation_config(self) -> GenerationConfig | None:
         if not (self.folder / GENERATION_CONFIG_NAME).is_file():
             return None
-        return GenerationConfig.from_pretrained(self.folder)
+        return without_unreal_ids(GenerationConfig.from_pretrained(self.folder))
 
     def carry_over(self, target: Path) -> None:
-        """Copies tokenizer and generation config, with the code that the tokenizer's config names."""
+        """Copies tokenizer and generation config, with the code that the tokenizer's config names.
+
+        Raises:
+            ConversionError: a file is a link that leads out of the folder.
+        """
         carry_over(self.folder, target)
 
-    def _shapes_in(self, file: Path) -> Iterator[tuple[str, list[int]]]:
+    def _headers_in(self, file: Path) -> Iterator[tuple[str, str, list[int]]]:
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
-                    yield from [(name, opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118
+                    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                    yield from [(name, part.get_dtype(), part.get_shape()) for name, part in slices.items()]
             else:
-                yield from [(name, list(tensor.shape)) for name, tensor in self._unpickled(file).items()]
+                yield from [
+                    (name, kind_of(tensor), list(tensor.shape)) for name, tensor in self._unpickled(file).items()
+                ]
         except FileNotFoundError as error:
             raise ConversionError(f"{file} is missing") from error
         except (SafetensorError, OSError, RuntimeError, EOFError) as error:
@@ -105,16 +115,31 @@ class Checkpoint:
         return self._pickle[1]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{file.parent} holds no {file.name}") from error
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} holds no mapping")
-    return content
+def kind_of(tensor: torch.Tensor) -> str:
+    """The dtype of a tensor in words; its layout, where that is no plain one."""
+    return str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
+
+
+def require_weights(kinds: dict[str, str], names: Iterable[str]) -> None:
+    """Refuses tensors that are no floating-point weights. ConversionError names the first."""
+    if wrong := [name for name in names if kinds[name] not in WEIGHT_KINDS]:
+        raise ConversionError(
+            f"`{wrong[0]}` is stored as {kinds[wrong[0]]}, as no original weights are: convert those, in float64, "
+            "float32, float16 or bfloat16"
+        )
+
+
+def widest(kinds: dict[str, str], names: Iterable[str]) -> torch.dtype:
+    """The dtype of the largest elements among these tensors."""
+    return max((WEIGHT_KINDS[kinds[name]] for name in names), key=lambda dtype: dtype.itemsize)
+
+
+def require_finite(name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """The tensor. ConversionError where it holds NaN or an infinite number."""
+    # Of a tensor with a NaN both bounds are NaN; unlike `isfinite` it needs no memory.
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise ConversionError(f"`{name}` holds NaN or infinite numbers {where}")
+    return tensor
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -150,7 +175,14 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     if Path(source).exists():
         raise ConversionError(f"{source} is a file: name its folder, or a `.gguf` file")
     try:
-        wanted = ["*.json", *CARRIED, "*.py", "model*.safetensors"]
+        wanted = [
+            "*.json",
+            *TOKENIZER_FILES,
+            GENERATION_CONFIG_NAME,
+            f"{MORE_TEMPLATES}/*.jinja",
+            "*.py",
+            "model*.safetensors",
+        ]
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
         if not list(folder.glob("model*.safetensors")):
             snapshot_download(str(source), revision=revision, allow_patterns=["pytorch_model*.bin"])
@@ -159,17 +191,11 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
         raise ConversionError(f"{source} is no folder here and no repository that can be read: {error}") from error
 
 
-def carry_over(source: Path, target: Path) -> None:
-    """Copies tokenizer and generation config, with the code that the tokenizer's config names."""
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / "tokenizer_config.json").is_file():
-        classes = read_json(source / "tokenizer_config.json").get("auto_map", {}).get("AutoTokenizer") or []
-        for reference in [classes] if isinstance(classes, str) else classes:
-            module = (reference or "").rpartition("--")[2].partition(".")[0]
-            if module and (source / f"{module}.py").is_file() and not (target / f"{module}.py").exists():
-                shutil.copyfile(source / f"{module}.py", target / f"{module}.py")
+def without_unreal_ids(generation: GenerationConfig) -> GenerationConfig:
+    """The same with None for ids below 0, with which a batch could not be padded."""
+    for name in NAMED_IDS:
+        setattr(generation, name, real_ids(getattr(generation, name)))
+    return generation
 
 
 def write_weights(

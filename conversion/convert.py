@@ -14,13 +14,19 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.conversion.carried_files import carry_over_plainly
 from minillm.conversion.checkpoint import (
     CONFIG_NAME,
     MAX_SHARD_SIZE,
+    WEIGHT_DTYPES,
     Checkpoint,
     local_folder,
+    require_finite,
+    require_weights,
+    widest,
     write_weights,
 )
+from minillm.conversion.comparison import compare_conversion, compare_export
 from minillm.conversion.families import BLOOM, FALCON, GLM, GPT2, LLAMA, MIXTRAL, MPT
 from minillm.conversion.family import ConversionError, Family, NameMapping
 from minillm.conversion.gguf_file import GGUFCheckpoint
@@ -84,10 +90,15 @@ class Rewriter:
     Args:
         steps: (source names, target names, function from source tensors to target tensors).
         read: gives a source tensor.
-        dtype: what floating-point tensors are cast to; None leaves them as they are.
+        dtype: what tensors are cast to; None leaves them as they are.
+
+    Raises:
+        ConversionError: `dtype` is none of weights; later, a tensor that holds NaN or an infinite number.
     """
 
     def __init__(self, steps: Iterable[Step], read: Make, dtype: torch.dtype | None) -> None:
+        if dtype not in (None, *WEIGHT_DTYPES):
+            raise ConversionError(f"`dtype={dtype}`: weights can be {', '.join(map(str, WEIGHT_DTYPES))}")
         self.by_target = {name: step for step in steps for name in step[1]}
         self.read, self.dtype = read, dtype
         self.made: dict[str, torch.Tensor] = {}
@@ -96,10 +107,11 @@ class Rewriter:
         """The target tensor called `name`."""
         if name not in self.made:
             sources, targets, function = self.by_target[name]
-            self.made |= dict(zip(targets, function([self.read(source) for source in sources]), strict=True))
+            read = [require_finite(source, self.read(source), "in the checkpoint") for source in sources]
+            self.made |= dict(zip(targets, function(read), strict=True))
         tensor = self.made.pop(name).contiguous()
-        if self.dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(self.dtype)
+        if self.dtype not in (None, tensor.dtype):
+            tensor = require_finite(name, tensor.to(self.dtype), f"in {self.dtype}: choose a wider `dtype`")
         # A part of a fused tensor would keep all of it alive.
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -125,6 +137,7 @@ class Plan:
         overrides: dict[str, Any],
     ) -> None:
         raw = {key: value for key, value in checkpoint.config.items() if key not in set(ignore_keys)}
+        self.raw, self.overrides = raw, overrides
         raw["_name_or_path"] = raw.get("_name_or_path") or checkpoint.folder.resolve().name
         self.checkpoint = checkpoint
         self.family = detect(raw) if family is None else family_of(family)
@@ -132,6 +145,11 @@ class Plan:
         self.mappings, self.targets = self.family.mappings(self.config)
         self.source_names = self._source_names()
         self._check_tensors()
+
+    @property
+    def read_names(self) -> list[str]:
+        """The names, in the files, of the tensors that rules read."""
+        return [self.source_names[name] for mapping in self.mappings for name in mapping.native]
 
     def _source_names(self) -> dict[str, str]:
         """Canonical native name to the name in the files, which may lack the prefix of the base model."""
@@ -150,6 +168,7 @@ class Plan:
             raise ConversionError(f"the {self.family.name} checkpoint lacks {some(missing)}")
         if unused := sorted(found - wanted):
             raise ConversionError(f"the {self.family.name} checkpoint holds {some(unused)}, which no rule reads")
+        require_weights(self.checkpoint.kinds, self.read_names)
         for mapping in self.mappings:
             for name, tensor in native_shapes(mapping, self.targets, self.config).items():
                 shape = self.checkpoint.shapes[self.source_names[name]]
@@ -241,7 +260,8 @@ def convert(
     """Writes a folder with the MiniLLM of another family's checkpoint: weights, config, code, tokenizer, model card.
 
     Tensors are read and written one output shard at a time, so that memory holds no more than a shard and a layer. The
-    folder appears when it is complete; an interruption leaves nothing.
+    folder appears when it is complete; an interruption leaves nothing. Before that its logits are compared with those
+    of transformers' own model of the checkpoint, where there is one that fits in memory; else the log says so.
 
     Args:
         out: the folder; replaced if it exists.
@@ -250,13 +270,13 @@ def convert(
         source, family, dtype, revision, ignore_keys, overrides: as for `load`.
 
     Raises:
-        ConversionError: as `load`.
+        ConversionError: as `load`, or the written model computes something else than its source.
     """
     checkpoint = open_checkpoint(source, revision)
     plan = Plan(checkpoint, family, ignore_keys, overrides)
     make = counted(plan.rewriter(dtype), len(plan.targets), progress)
     with replaced_folder(Path(out)) as folder:
-        kept = dtype or checkpoint.tensor(next(iter(checkpoint.names))).dtype
+        kept = dtype or widest(checkpoint.kinds, plan.read_names)
         shapes = {name: tensor.to(kept) for name, tensor in plan.targets.items()}
         kinds = write_weights(folder, shapes, make, max_shard_size)
         plan.config.dtype = kinds["model.embed_tokens.weight"]
@@ -269,6 +289,7 @@ def convert(
         if not (folder / "generation_config.json").exists():
             complete_generation_config(model)
             model.generation_config.save_pretrained(folder)
+        compare_conversion(plan, folder, dtype)
     return plan.config
 
 
@@ -299,6 +320,9 @@ def export(
 ) -> dict[str, Any]:
     """Writes a MiniLLM folder as a checkpoint of another family, where that family computes exactly the same.
 
+    No code goes with it: the tokenizer becomes one of transformers. The logits of the written model are compared with
+    the source's before the folder appears, where one model at a time fits in memory; else the log says so.
+
     Args:
         source: a folder or Hub repository with a MiniLLM causal language model.
         out: the folder; replaced if it exists.
@@ -310,7 +334,8 @@ def export(
         The native config.
 
     Raises:
-        ConversionError: the family has no such model (each field in the way is named), or the folder is damaged.
+        ConversionError: the family has no such model (each field in the way is named), the folder is damaged or holds
+            links that lead out of it, or the written model or tokenizer differs from the source's.
     """
     target = family_of(family)
     checkpoint = Checkpoint(local_folder(source))
@@ -329,7 +354,7 @@ def export(
     steps = ((m.minillm, m.native, partial(m.transform.to_native, config=config)) for m in mappings)
     make = counted(Rewriter(steps, checkpoint.tensor, dtype), len(native), progress)
     with replaced_folder(Path(out)) as folder:
-        kept = dtype or checkpoint.tensor(next(iter(checkpoint.names))).dtype
+        kept = dtype or widest(checkpoint.kinds, shapes)
         shapes = {name: tensor.to(kept) for name, tensor in native.items()}
         kinds = write_weights(folder, shapes, make, max_shard_size)
         native_config["dtype"] = str(kinds[next(iter(native))]).removeprefix("torch.")
@@ -337,7 +362,8 @@ def export(
             CONFIG_MAPPING[target.model_type].from_dict(native_config).save_pretrained(folder)
         else:
             (folder / CONFIG_NAME).write_text(json.dumps(native_config, indent=2) + "\n", "utf-8")
-        checkpoint.carry_over(folder)
+        carry_over_plainly(checkpoint.folder, folder)
+        compare_export(target, checkpoint, config, folder, dtype, partial(load, folder, family))
     return native_config
 
 
@@ -348,6 +374,7 @@ def check_minillm_tensors(checkpoint: Checkpoint, shapes: dict[str, torch.Tensor
         raise ConversionError(f"{checkpoint.folder} lacks {some(missing)}")
     if unused := sorted(names - set(shapes)):
         raise ConversionError(f"{checkpoint.folder} holds {some(unused)}, which no causal language model has")
+    require_weights(checkpoint.kinds, shapes)
     for name, tensor in shapes.items():
         if checkpoint.shapes[name] != list(tensor.shape):
             raise ConversionError(

@@ -126,6 +126,18 @@ FUSED_BLOCK = (
     HEAD,
 )
 
+
+def read_bloom(values: dict[str, Any]) -> dict[str, Any]:
+    """transformers' class leaves out two biases of each block where it adds the slices one by one."""
+    if values["slow_but_exact"] and values["pretraining_tp"] > 1:
+        raise ConversionError(
+            f"`slow_but_exact=True` with `pretraining_tp={values['pretraining_tp']}`: transformers then leaves out "
+            "the biases of `dense` and `dense_4h_to_h`, which MiniLLM adds; name `slow_but_exact` in `ignore_keys` to "
+            "have them added"
+        )
+    return {}
+
+
 BLOOM = Family(
     name="bloom",
     model_type="bloom",
@@ -150,9 +162,10 @@ BLOOM = Family(
         **ALL_BIASES,
     },
     required={"apply_residual_connection_post_layernorm": (False,)},
-    # Settings of the training framework, and of exactness over tensor-parallel ranks.
+    read=read_bloom,
+    # Settings of the training framework.
     ignored=frozenset(
-        "slow_but_exact attention_softmax_in_fp32 bias_dropout_fusion masked_softmax_fusion skip_bias_add "
+        "attention_softmax_in_fp32 bias_dropout_fusion masked_softmax_fusion skip_bias_add "
         "skip_bias_add_qkv offset_alibi n_embed n_inner num_attention_heads".split()
     ),
     base_prefix="transformer.",
@@ -307,6 +320,7 @@ GLM = Family(
     architecture="GlmForCausalLM",
     keys={**LLAMA_KEYS, "attention_bias": "attention_qkv_bias"},
     fixed={"rope_interleaved": True},
+    partial_rotary=True,
     matches=lambda raw: "block_position_encoding" not in raw,
     tensors=(
         *LLAMA_ATTENTION,

@@ -32,6 +32,9 @@ NOT_COMPARED = frozenset(
 )
 
 
+NAMED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
 class ConversionError(ValueError):
     """A checkpoint or a config that cannot be converted exactly; the message names the key or tensor."""
 
@@ -79,6 +82,7 @@ class Family:
         ignored: native keys that do not change what the model computes.
         read, write: what no table says: functions from native values to fields, and from a config to native values.
         matches: tells families with the same `model_type` apart, from the raw config.
+        partial_rotary: whether its RoPE may turn a part of each head; others turn whole heads, whatever a config says.
         base_prefix: prefix of all tensors but the head; some files lack it.
         ignored_tensors: endings of native names that hold no weights (buffers).
     """
@@ -95,6 +99,7 @@ class Family:
     read: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     write: Callable[[MiniLLMConfig], dict[str, Any]] | None = None
     matches: Callable[[dict[str, Any]], bool] | None = None
+    partial_rotary: bool = False
     base_prefix: str = ""
     ignored_tensors: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
@@ -125,10 +130,22 @@ class Family:
             found |= self.read(values)
         for name, value in self.fixed.items():
             found[name] = value(found) if callable(value) else value
+        found |= {name: real_ids(found[name]) for name in NAMED_IDS if name in found}
+        found |= overrides or {}
+        if "rope_parameters" not in (overrides or {}):
+            self._refuse_partial_rotary(found.get("rope_parameters"))
         try:
-            return MiniLLMConfig(**{**found, **(overrides or {})})
+            return MiniLLMConfig(**found)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise ConversionError(f"the {self.name} config cannot be expressed: {error}") from error
+
+    def _refuse_partial_rotary(self, rope: Any) -> None:
+        factor = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+        if not self.partial_rotary and factor not in (None, 1):
+            raise ConversionError(
+                f"`rope_parameters['partial_rotary_factor']={factor!r}`: a {self.name} turns whole heads and does not "
+                "read it, while MiniLLM would; take it out of the config, or set `rope_parameters` to what is meant"
+            )
 
     def write_config(self, config: MiniLLMConfig) -> dict[str, Any]:
         """The native config.json, complete, of a config that this family expresses exactly.
@@ -213,6 +230,13 @@ class Family:
 
 
 GENERIC_FIELDS = frozenset(PreTrainedConfig.__dataclass_fields__) - {"tie_word_embeddings"} | NOT_COMPARED
+
+
+def real_ids(ids: Any) -> Any:
+    """A token id, or a list of them, without those below 0: in old checkpoints they stand for no token."""
+    if isinstance(ids, list):
+        return [one for one in ids if real_ids(one) is not None] or None
+    return None if isinstance(ids, int) and ids < 0 else ids
 
 
 def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:

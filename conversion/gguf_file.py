@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerFast
 
+from minillm.conversion.checkpoint import kind_of
 from minillm.conversion.family import ConversionError
 
 # Without the number of key heads transformers leaves queries and keys in GGUF's order; for others it has defaults.
@@ -58,10 +59,11 @@ class GGUFCheckpoint:
         for key in ("quantization_config", "_model_name_or_path"):
             self.config.pop(key, None)
         self.generation_config: GenerationConfig = model.generation_config
-        self.tensors = model.state_dict()
+        self.model, self.tensors = model, model.state_dict()
         if model.config.tie_word_embeddings:
             del self.tensors["lm_head.weight"]
         self.shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        self.kinds = {name: kind_of(tensor) for name, tensor in self.tensors.items()}
         self.names = self.tensors.keys()
 
     def tensor(self, name: str) -> torch.Tensor:

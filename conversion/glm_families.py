@@ -318,6 +318,7 @@ CHATGLM2 = Family(
         "apply_query_key_layer_scaling attention_softmax_in_fp32 fp32_residual_connection bias_dropout_fusion "
         "prefix_projection classifier_dropout interleaved_qkv".split()
     ),
+    partial_rotary=True,
     read=read_chatglm2,
     write=write_chatglm2,
     matches=lambda raw: "inner_hidden_size" not in raw,

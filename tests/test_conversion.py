@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from cli_cases import invoke
+from conversion_cases import IDS, edit_json, logits_of, save_native
 from hub_server import running_hub
 from native_families import native_model
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,26 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.conversion import FAMILIES, ConversionError, convert, detect, export, load
-
-IDS = torch.tensor([[3, 9, 4, 33, 21, 7]])
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
-
-
-def save_native(folder, name="llama_gqa_tied", **options):
-    native = native_model(name)
-    native.save_pretrained(folder, **options)
-    return native
-
-
-def edit_json(path, **changes):
-    content = json.loads(path.read_text("utf-8"))
-    for key, value in changes.items():
-        content.pop(key, None) if value is ... else content.update({key: value})
-    path.write_text(json.dumps(content), "utf-8")
 
 
 @pytest.fixture

@@ -126,6 +126,9 @@ def test_logits_tokenizer_and_generation_config(name, tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", native)
     result = invoke("convert", "--from", file, "--to", tmp_path / "ours")
     assert result.exit_code == 0, (result.output, result.exception)
+    assert "agree with the source's" in result.output
+    result = invoke("convert", "--from", file, "--to", tmp_path / "low", "--dtype", "bfloat16")
+    assert "agree with the source's" in result.output
     model, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), load(file)
     assert type(model).__name__ == "MiniLLMForCausalLM" and model.dtype == torch.float32
     for each in (model, loaded):
@@ -181,7 +184,7 @@ def test_settings_that_transformers_passes_over_are_named(changes, message, llam
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-def test_a_setting_is_vouched_for_and_said_in_the_fields_of_the_config(llama):
+def test_a_setting_is_vouched_for_and_said_in_the_fields_of_the_config(llama, tmp_path):
     """As for a Llama 3.1, whose file holds the factors of its frequencies as a tensor."""
     native, file = llama
     fields = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -194,6 +197,10 @@ def test_a_setting_is_vouched_for_and_said_in_the_fields_of_the_config(llama):
     found = load(file, ignore_keys=["rope_freqs.weight"], rope_parameters=stretched)
     torch.testing.assert_close(logits_of(found), logits_of(expected), atol=1e-5, rtol=0)
     assert not torch.allclose(logits_of(native), logits_of(expected), atol=1e-2)
+    # transformers reads the file without them: no difference to be refused.
+    convert(file, tmp_path / "ours", ignore_keys=["rope_freqs.weight"], rope_parameters=stretched)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(logits_of(written), logits_of(expected), atol=1e-5, rtol=0)
 
 
 def test_tensors_that_are_missing_or_unknown_are_named(llama):
