@@ -51,6 +51,7 @@ setup(
         "accelerate>=1.10",
         "peft>=0.18",
         "safetensors>=0.5",
+        "filelock>=3.30",
     ],
     extras_require={
         "train": TRAIN,
