@@ -237,10 +237,13 @@ def new_folder(folder: str | Path, model_type: str | None = None, overwrite: boo
         if (older := content(target)) or stage.parent == target:
             commit(stage, target, older)
         else:
-            if os.name == "nt" and target.is_dir():
-                target.rmdir()
-            # Takes the place of an empty folder, and of no other.
-            stage.rename(target)
+            try:
+                # Takes the place of an empty folder, and of no other.
+                stage.rename(target)
+            except OSError:
+                # A bind mount, Windows, or somebody was faster.
+                require_free(folder, model_type, overwrite)
+                commit(stage, target, ())
 
 
 @contextlib.contextmanager
@@ -376,7 +379,14 @@ def move(stage: Path, folder: Path, written: Iterable[str], outdated: Iterable[s
     for name in sorted(written, key=lambda name: (LAST.index(name) if name in LAST else -1, name)):
         if (stage / name).is_dir():
             remove(folder / name)
-        os.replace(stage / name, folder / name)
+        try:
+            os.replace(stage / name, folder / name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # A bind mount: the same disk, and yet nothing is renamed into it.
+            with new_file(folder / name) as partial:
+                shutil.move(stage / name, partial)
 
 
 def remove(path: Path) -> None:

@@ -7,6 +7,7 @@ an `auto_map` that names them all, a model card, and token ids that generation n
 
 import functools
 import importlib.util
+import inspect
 import os
 import re
 import tempfile
@@ -216,11 +217,12 @@ def model_save(save: Callable) -> Callable:
             complete_generation_config(self)
         writes = is_main_process and self.should_save_on_this_rank(is_main_process)
         is_adapter = getattr(self, "_hf_peft_config_loaded", False)
-        if not writes or kwargs.get("distributed_checkpoint") or os.path.isfile(save_directory):
+        given = inspect.signature(save).bind(self, save_directory, is_main_process, *args, **kwargs).arguments
+        if not writes or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
             # Of a distributed checkpoint each process writes its own part.
             result = save(self, save_directory, is_main_process, *args, **kwargs)
         else:
-            with updated_folder(save_directory, outdated_weights(kwargs.get("variant"), is_adapter)) as folder:
+            with updated_folder(save_directory, outdated_weights(given.get("variant"), is_adapter)) as folder:
                 result = save(self, folder, is_main_process, *args, **kwargs)
                 if not is_adapter and not (Path(save_directory) / CARD_NAME).exists():
                     model_card(self).save(folder / CARD_NAME)

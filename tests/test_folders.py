@@ -339,6 +339,37 @@ def test_saving_through_a_link_and_into_a_folder_without_room_beside(tmp_path, m
     assert not [name for name in tree(tmp_path) if ".minillm" in name or ".lock" in name]
 
 
+def test_saving_into_a_bind_mount(tmp_path, monkeypatch):
+    model(0).save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    usual = os.replace
+
+    def replace(old, new):
+        if ".partial" in os.fspath(old) and os.path.dirname(old) != os.path.dirname(new):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        usual(old, new)
+
+    def rename(old, new):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(folders, "exchanged", lambda *arguments: False)
+    model(1, hidden_size=24).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(folders.Path, "rename", rename)
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "file").write_text("text", "utf-8")
+    assert loaded(tmp_path / "model")[0] == 2 and (tmp_path / "empty" / "file").read_text("utf-8") == "text"
+    assert not [name for name in tree(tmp_path) if "partial" in name]
+
+
+def test_a_variant_leaves_the_other_weights(tmp_path):
+    model(0).save_pretrained(tmp_path)
+    # By position too, as transformers takes it.
+    model(1, eos_token_id=1).save_pretrained(tmp_path, True, None, False, "5GB", "fp16")
+    assert loaded(tmp_path) == (1, fingerprint(model(0)))
+    assert fingerprint(MiniLLMForCausalLM.from_pretrained(tmp_path, variant="fp16")) == fingerprint(model(1))
+
+
 def test_a_process_that_does_not_write_writes_nothing(tmp_path):
     model(0).save_pretrained(tmp_path / "model", is_main_process=False)
     assert tree(tmp_path / "model") == []
