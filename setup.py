@@ -52,6 +52,7 @@ setup(
         "peft>=0.18",
         "safetensors>=0.5",
         "psutil>=5",
+        "filelock>=3.30",
     ],
     extras_require={
         "train": TRAIN,

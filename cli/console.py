@@ -1,12 +1,10 @@
-"""What the commands share: the console, one-line errors, extras and atomic writing."""
+"""What the commands share: the console, one-line errors and extras."""
 
 import contextlib
 import importlib.util
 import logging as standard_logging
-import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -107,23 +105,3 @@ def is_news(record: standard_logging.LogRecord) -> bool:
     """Whether a line of the log tells the user of a command anything."""
     message = record.getMessage()
     return not any(remark in message for remark in REMARKS)
-
-
-def require_free(target: Path) -> None:
-    """Checks, before any work, that a folder can be written without losing what is in its place.
-
-    Raises:
-        ValueError: a file or a folder that is not empty stands there.
-    """
-    if target.is_dir():
-        if any(target.iterdir()):
-            raise ValueError(f"{target} is not empty: remove it, or choose another folder")
-    elif target.exists():
-        raise ValueError(f"{target} is a file: choose another folder")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that it is never seen half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

@@ -11,7 +11,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minillm import MiniLLMConfig
-from minillm.cli.console import console, require_free, say
+from minillm.cli.console import console, say
 from minillm.cli.publishing import export_model, torch_dtype
 from minillm.conversion import convert, export
 
@@ -22,10 +22,9 @@ def run_convert(
     """Writes the MiniLLM of another family's checkpoint.
 
     Raises:
-        ValueError: a target that is not empty, a setting that is none, or what `minillm.conversion.convert` refuses.
+        ValueError: a setting that is none, or what `minillm.conversion.convert` refuses.
     """
     overrides, kind = read_settings(settings), torch_dtype(dtype)
-    require_free(to)
     with remarks_said(), progress_of("tensors") as told:
         convert(source, to, family, kind, ignore_keys=ignore_keys, progress=told, **overrides)
     say(f"written: {to}")
@@ -40,7 +39,6 @@ def run_export_as(
         ValueError: as `run_convert`.
     """
     overrides, kind = read_settings(settings), torch_dtype(dtype)
-    require_free(out)
     with tempfile.TemporaryDirectory() as folder:
         if adapter is not None:
             export_model(model, Path(folder) / "merged", adapter, dtype)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __version__
-from minillm.cli.console import console, write_atomically
+from minillm.cli.console import console
 from minillm.cli.loading import last_complete_checkpoint
 from minillm.cli.progress import ProgressCallback, Schedule, fastest_thread_count
 from minillm.cli.report import write_report
 from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
-from minillm.hub import replaced_folder
+from minillm.folders import new_folder, write_atomically
 from minillm.training import (
     CorpusError,
     DataCollatorForCausalLM,
@@ -167,7 +168,7 @@ class Demo:
         tokenizer = MiniLLMTokenizer.train_from_iterator(
             texts, vocab_size=self.settings.vocab_size, show_progress=console.is_terminal
         )
-        with replaced_folder(folder) as partial:
+        with self.replaced(folder) as partial:
             tokenizer.save_pretrained(partial)
         self.finish("tokenizer", {"tokens": len(tokenizer)})
         return tokenizer
@@ -290,8 +291,13 @@ class Demo:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
+    @staticmethod
+    def replaced(folder: Path) -> AbstractContextManager[Path]:
+        """A folder to write into, in the place of what an earlier run that did not finish its stage has left."""
+        return new_folder(folder, MiniLLMConfig.model_type, overwrite=True)
+
     def publish(self, name: str, model: MiniLLMForCausalLM) -> None:
-        with replaced_folder(self.out / name) as partial:
+        with self.replaced(self.out / name) as partial:
             model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
 
@@ -311,7 +317,7 @@ class Demo:
         trained, total = adapted.get_nb_trainable_parameters()
         console.print(f"LoRA trains {trained:,} of {total:,} parameters")
         curve = self.train("lora", adapted, rows, collator, steps, learning_rate=4e-3)
-        with replaced_folder(self.out / "adapter") as partial:
+        with self.replaced(self.out / "adapter") as partial:
             adapted.save_pretrained(partial)
         merged = adapted.merge_and_unload()
         after = perplexity(merged, held_out, collator)

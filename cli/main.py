@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from minillm.cli.console import console, fail, one_line_errors, require_extra, require_free, say
+from minillm.cli.console import console, fail, one_line_errors, require_extra, say
+from minillm.folders import claimed, full_disk_in_words, new_folder, reserved
 
 app = typer.Typer(
     help="Train, tune, run and publish MiniLLM models.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -44,7 +45,8 @@ def demo(
         from minillm.cli.demo import Demo, Settings
 
         path = None if corpus is None else str(corpus.resolve())
-        Demo(out, Settings(corpus=path, steps=steps, vocab_size=vocab_size, seed=seed)).run()
+        with reserved(out), full_disk_in_words(out):
+            Demo(out, Settings(corpus=path, steps=steps, vocab_size=vocab_size, seed=seed)).run()
 
 
 @tokenizer_app.command("train")
@@ -55,12 +57,10 @@ def train_tokenizer(
     model: Annotated[SubwordKind, typer.Option(help="subword model")] = SubwordKind.byte_bpe,
 ) -> None:
     """Train a tokenizer on text files."""
-    with one_line_errors():
-        from minillm.hub import replaced_folder
+    with one_line_errors(), claimed(out):
         from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
         from minillm.training import load_corpus
 
-        require_free(out)
         texts = [document.text for path in files for document in load_corpus(path)]
         tokenizer = MiniLLMTokenizer.train_from_iterator(
             texts,
@@ -69,8 +69,8 @@ def train_tokenizer(
             length=len(texts),
             show_progress=console.is_terminal,
         )
-        with replaced_folder(out) as partial:
-            tokenizer.save_pretrained(partial)
+        with new_folder(out) as folder:
+            tokenizer.save_pretrained(folder)
         say(f"{len(tokenizer)} tokens in {out}")
 
 
@@ -83,7 +83,7 @@ def extend_tokenizer(
     model: Annotated[str | None, typer.Option(help="model to give rows for the new tokens")] = None,
 ) -> None:
     """Add tokens that a corpus needs; old ids keep their meaning."""
-    with one_line_errors():
+    with one_line_errors(), claimed(out):
         from minillm.cli.tokenizer_runs import run_extension
 
         run_extension(tokenizer, corpus, num_new, out, model)
@@ -168,11 +168,11 @@ def export(
     settings: Annotated[list[str] | None, typer.Option("--set", help="with --as: FIELD=VALUE of the config")] = None,
 ) -> None:
     """Write a folder that anyone can load: weights, config, tokenizer, code and model card."""
-    with one_line_errors():
+    if family is None and settings:
+        fail("--set needs --as")
+    with one_line_errors(), claimed(out):
         from minillm.cli.publishing import export_model
 
-        if family is None and settings:
-            fail("--set needs --as")
         if family is None:
             export_model(model, out, adapter, dtype)
         else:
@@ -192,7 +192,7 @@ def convert(
     ignore_key: Annotated[list[str] | None, typer.Option(help="config key that changes nothing")] = None,
 ) -> None:
     """Turn a checkpoint of another family (GPT-2, BLOOM, LLaMA, Falcon, GLM, ...) into a MiniLLM with equal logits."""
-    with one_line_errors():
+    with one_line_errors(), claimed(to):
         from minillm.cli.conversion_run import run_convert
 
         run_convert(source, to, family, dtype, settings or [], ignore_key or [])

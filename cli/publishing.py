@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from minillm.cli.console import one_line, require_free, warn
+from minillm.cli.console import one_line, warn
 from minillm.cli.loading import load_checked, load_model, load_pretrained
 from minillm.cli.merging import merge_adapter, tolerance
 from minillm.conversion.comparison import difference, few_logits, fits_in_memory, quiet
-from minillm.hub import replaced_folder
+from minillm.folders import new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,17 +25,16 @@ def export_model(model_name: str, out: Path, adapter: str | None = None, dtype: 
             adapter that cannot be merged, or a written model that differs.
     """
     kind = torch_dtype(dtype)
-    require_free(out)
     model, tokenizer = load_whole_model(model_name)
     if adapter is not None:
         model = merge_adapter(model, model_name, adapter)
     if kind is not None:
         # After the merge, so that its sum is rounded once.
         model = model.to(dtype=kind)
-    with replaced_folder(out) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        compare_written(model, partial)
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        compare_written(model, folder)
 
 
 def compare_written(model: Any, folder: Path) -> None:

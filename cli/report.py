@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from minillm.cli.console import console, say, write_atomically
+from minillm.cli.console import console, say
+from minillm.folders import new_file, write_atomically
 
 
 def write_report(
@@ -105,7 +106,6 @@ def draw_curves(path: Path, curves: dict[str, list[tuple[int, float]]]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial)
+    with new_file(path) as partial:
+        figure.savefig(partial)
     pyplot.close(figure)
-    partial.replace(path)

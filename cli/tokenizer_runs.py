@@ -8,9 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minillm.cli.console import console, require_free, say, write_atomically
+from minillm.cli.console import console, say
 from minillm.cli.loading import load_model, load_pretrained
-from minillm.hub import replaced_folder
+from minillm.folders import new_file, new_folder, reserved, write_atomically
 from minillm.tokenization import FertilityReport, extend_vocabulary, measure_fertility
 from minillm.training import TextDocument, load_corpus
 
@@ -26,6 +26,7 @@ FERTILITY_COLUMNS = (
     "unknown",
     "bytes alone",
 )
+TITLE = "# Tokenizer report"
 VOCABULARY_COLUMNS = ("tokenizer", "vocabulary", "pieces", "used", "share used", "never used", "rare")
 
 
@@ -37,8 +38,8 @@ def run_report(
     Raises:
         ValueError, OSError: no tokenizer, no text, or an `out` that cannot be written.
     """
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: choose a folder")
+    if out is not None:
+        require_free_of_reports(out)
     names = [tokenizer_name] if compare is None else [tokenizer_name, compare]
     tokenizers = [load_fast_tokenizer(name) for name in names]
     documents = read_corpus(corpus)
@@ -55,19 +56,30 @@ def run_report(
             table.add_row(*map(escape, row))
         console.print(table)
     if out is not None:
-        write_files(out, reports, corpus)
+        with reserved(out):
+            write_files(out, reports, corpus)
         say(f"report: {out / 'report.md'}")
     return reports
+
+
+def require_free_of_reports(out: Path) -> None:
+    """Checks that a report replaces nothing but an older one. ValueError if it would."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: choose a folder")
+    page = out / "report.md"
+    if page.exists() and not page.read_text("utf-8", errors="replace").startswith(TITLE):
+        raise ValueError(f"{page} is no report on a tokenizer and is never replaced: choose another --out")
+    if not page.exists() and (found := [name for name in ("report.json", "report.png") if (out / name).exists()]):
+        raise ValueError(f"{out / found[0]} stands there without a report.md: choose another --out")
 
 
 def run_extension(tokenizer_name: str, corpus: list[Path], number: int, out: Path, model_name: str | None) -> None:
     """Learns new tokens from a corpus and writes the larger tokenizer, with the resized model if one is given.
 
     Raises:
-        ValueError, OSError: an `out` that is not free, no tokenizer, model or text, a model that does not belong to
+        ValueError, OSError: no tokenizer, model or text, a model that does not belong to
             the tokenizer, or a tokenizer that cannot be extended.
     """
-    require_free(out)
     tokenizer = load_fast_tokenizer(tokenizer_name)
     model = None if model_name is None else load_model_of(tokenizer, tokenizer_name, model_name)
     texts = [document.text for document in read_corpus(corpus)]
@@ -76,10 +88,10 @@ def run_extension(tokenizer_name: str, corpus: list[Path], number: int, out: Pat
         from minillm.training import resize_for_vocabulary
 
         resize_for_vocabulary(model, tokenizer, extended)
-    with replaced_folder(out) as partial:
+    with new_folder(out) as folder:
         if model is not None:
-            model.save_pretrained(partial)
-        extended.save_pretrained(partial)
+            model.save_pretrained(folder)
+        extended.save_pretrained(folder)
     what = "tokens" if model is None else "tokens and a model with rows for them"
     say(f"{len(extended)} {what} in {out} ({len(extended) - len(tokenizer)} new)")
 
@@ -137,14 +149,15 @@ def vocabulary_rows(reports: list[FertilityReport]) -> list[list[str]]:
 
 def write_files(out: Path, reports: list[FertilityReport], corpus: list[Path]) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    # First, since it says whose the other files are.
+    write_atomically(out / "report.md", markdown(reports, corpus))
     draw(out / "report.png", reports)
     figures = {"corpus": [str(path) for path in corpus], "tokenizers": [report.to_dict() for report in reports]}
     write_atomically(out / "report.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-    write_atomically(out / "report.md", markdown(reports, corpus))
 
 
 def markdown(reports: list[FertilityReport], corpus: list[Path]) -> str:
-    lines = ["# Tokenizer report", "", f"Corpus: {', '.join(f'`{path}`' for path in corpus)}.", ""]
+    lines = [TITLE, "", f"Corpus: {', '.join(f'`{path}`' for path in corpus)}.", ""]
     lines += [*markdown_table(FERTILITY_COLUMNS, fertility_rows(reports)), ""]
     lines += [
         "Languages are told apart line by line, by letters; code by the names of files. A word is what stands",
@@ -195,7 +208,6 @@ def draw(path: Path, reports: list[FertilityReport]) -> None:
     curve.grid(alpha=0.3)
     bars.legend(fontsize=8)
     figure.tight_layout()
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial)
+    with new_file(path) as partial:
+        figure.savefig(partial)
     pyplot.close(figure)
-    partial.replace(path)

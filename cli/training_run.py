@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import re
+import shutil
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +16,11 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.cli.console import one_line, require_free, say, write_atomically
+from minillm.cli.console import one_line, say
 from minillm.cli.loading import last_complete_checkpoint, load_model, load_pretrained
 from minillm.cli.progress import ProgressCallback
 from minillm.evaluation import perplexity
-from minillm.hub import replaced_folder
+from minillm.folders import claimed, full_disk_in_words, new_folder, require_free, reserved, write_atomically
 from minillm.loss import why_logits
 from minillm.tokenization.literal_text import apply_template_literally
 from minillm.training import (
@@ -238,6 +240,7 @@ def go_on_from(checkpoints: Path, options: TrainOptions) -> str | None:
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint is None:
         # Nothing is lost of a run that failed before its first checkpoint, so its options do not bind.
+        remove_unfinished(checkpoints, None)
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps(now, indent=2))
         return None
@@ -248,8 +251,19 @@ def go_on_from(checkpoints: Path, options: TrainOptions) -> str | None:
             f"{checkpoints} was begun with other options ({differing}): repeat them, remove it, or choose another "
             "--out"
         )
+    remove_unfinished(checkpoints, checkpoint)
     say(f"going on from {checkpoint}")
     return str(checkpoint)
+
+
+def remove_unfinished(checkpoints: Path, complete: Path | None) -> None:
+    """Removes what a run left that was ended while it wrote a checkpoint: a full disk would stay full."""
+    found = [*checkpoints.glob("checkpoint-*"), *checkpoints.glob(".checkpoint-*.partial")]
+    newest = -1 if complete is None else int(complete.name.partition("-")[2])
+    for path in found:
+        number = re.fullmatch(r"\.?checkpoint-(\d+)(\.partial)?", path.name)
+        if number and int(number[1]) > newest:
+            shutil.rmtree(path)
 
 
 def training_arguments(options: TrainOptions, checkpoints: Path) -> TrainingArguments:
@@ -316,8 +330,16 @@ def say_of_turns(samples: list[dict[str, list[int]]]) -> None:
 
 
 def run(options: TrainOptions) -> None:
-    """Trains, reports the held-out perplexity, and writes the model (with LoRA: the adapter) to `out`."""
-    require_free(options.out)
+    """Trains, reports the held-out perplexity, and writes the model (with LoRA: the adapter) to `out`.
+
+    Nobody else writes `out` and its checkpoints meanwhile.
+    """
+    checkpoints = options.out.with_name(f"{options.out.name}-checkpoints")
+    with claimed(options.out), reserved(checkpoints), full_disk_in_words(checkpoints):
+        train(options, checkpoints)
+
+
+def train(options: TrainOptions, checkpoints: Path) -> None:
     tokenizer = load_pretrained(AutoTokenizer, options.tokenizer or options.model, "tokenizer")
     set_seed(options.seed)
     model = build_model(options, tokenizer)
@@ -336,16 +358,15 @@ def run(options: TrainOptions) -> None:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
-    checkpoints = options.out.with_name(f"{options.out.name}-checkpoints")
     checkpoint = go_on_from(checkpoints, options)
     arguments = training_arguments(options, checkpoints)
     callbacks = [SetEpochCallback(collator), ProgressCallback(objective)]
     trainer = LogitFreeTrainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks)
     trainer.pop_callback(next(cb for cb in trainer.callback_handler.callbacks if "Printer" in type(cb).__name__))
     trainer.train(resume_from_checkpoint=checkpoint)
-    with replaced_folder(options.out) as partial:
-        trainer.model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with new_folder(options.out) as folder:
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     score = perplexity(trainer.model, held_out_rows, collator)
     say(f"held-out perplexity {score.perplexity:.2f} on {score.num_tokens:,} tokens")
     say(f"written: {options.out} (checkpoints: {checkpoints})")

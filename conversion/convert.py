@@ -31,7 +31,8 @@ from minillm.conversion.families import BLOOM, FALCON, GLM, GPT2, LLAMA, MIXTRAL
 from minillm.conversion.family import ConversionError, Family, NameMapping
 from minillm.conversion.gguf_file import GGUFCheckpoint
 from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
-from minillm.hub import CARD_NAME, complete_generation_config, model_card, replaced_folder
+from minillm.folders import claimed, new_folder, require_apart
+from minillm.hub import CARD_NAME, complete_generation_config, model_card
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -255,6 +256,7 @@ def convert(
     ignore_keys: Iterable[str] = (),
     max_shard_size: str | int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
+    overwrite: bool = False,
     **overrides: Any,
 ) -> MiniLLMConfig:
     """Writes a folder with the MiniLLM of another family's checkpoint: weights, config, code, tokenizer, model card.
@@ -264,18 +266,22 @@ def convert(
     of transformers' own model of the checkpoint, where there is one that fits in memory; else the log says so.
 
     Args:
-        out: the folder; replaced if it exists.
+        out: the folder; it must not exist, or be empty.
+        overwrite: replace an older MiniLLM in `out`. A folder with anything else in it, or a link, is never replaced.
         max_shard_size: bytes, or e.g. `"2GB"`, of a weight file.
         progress: told how many tensors of how many are written.
         source, family, dtype, revision, ignore_keys, overrides: as for `load`.
 
     Raises:
         ConversionError: as `load`, or the written model computes something else than its source.
+        ValueError: `out` is not free, or is the source, or one is inside the other; nothing is read before.
+        FolderInUse: another process writes `out`.
     """
+    check_output(source, out, MiniLLMConfig.model_type, overwrite)
     checkpoint = open_checkpoint(source, revision)
     plan = Plan(checkpoint, family, ignore_keys, overrides)
     make = counted(plan.rewriter(dtype), len(plan.targets), progress)
-    with replaced_folder(Path(out)) as folder:
+    with new_folder(out, MiniLLMConfig.model_type, overwrite) as folder:
         kept = dtype or widest(checkpoint.kinds, plan.read_names)
         shapes = {name: tensor.to(kept) for name, tensor in plan.targets.items()}
         kinds = write_weights(folder, shapes, make, max_shard_size)
@@ -291,6 +297,13 @@ def convert(
             model.generation_config.save_pretrained(folder)
         compare_conversion(plan, folder, dtype)
     return plan.config
+
+
+def check_output(source: str | Path, out: str | Path, model_type: str, overwrite: bool) -> None:
+    """Refuses, before any work, an `out` that may not be written."""
+    require_apart(source, out)
+    with claimed(out, model_type, overwrite):
+        pass
 
 
 def counted(make: Make, total: int, progress: Progress | None) -> Make:
@@ -316,6 +329,7 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
+    overwrite: bool = False,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Writes a MiniLLM folder as a checkpoint of another family, where that family computes exactly the same.
@@ -325,8 +339,9 @@ def export(
 
     Args:
         source: a folder or Hub repository with a MiniLLM causal language model.
-        out: the folder; replaced if it exists.
+        out: the folder; it must not exist, or be empty.
         family: a key of `FAMILIES`.
+        overwrite: replace an older model of the family in `out`; else as for `convert`.
         overrides: fields of the config to take otherwise, e.g. `hidden_dropout=0.0`.
         dtype, max_shard_size, progress: as for `convert`.
 
@@ -336,8 +351,10 @@ def export(
     Raises:
         ConversionError: the family has no such model (each field in the way is named), the folder is damaged or holds
             links that lead out of it, or the written model or tokenizer differs from the source's.
+        ValueError, FolderInUse: as `convert`.
     """
     target = family_of(family)
+    check_output(source, out, target.model_type, overwrite)
     checkpoint = Checkpoint(local_folder(source))
     if checkpoint.config.get("model_type") != MiniLLMConfig.model_type:
         raise ConversionError(f"{source} holds a {checkpoint.config.get('model_type')!r} model, not a MiniLLM")
@@ -353,7 +370,7 @@ def export(
         native |= native_shapes(mapping, shapes, config)
     steps = ((m.minillm, m.native, partial(m.transform.to_native, config=config)) for m in mappings)
     make = counted(Rewriter(steps, checkpoint.tensor, dtype), len(native), progress)
-    with replaced_folder(Path(out)) as folder:
+    with new_folder(out, target.model_type, overwrite) as folder:
         kept = dtype or widest(checkpoint.kinds, shapes)
         shapes = {name: tensor.to(kept) for name, tensor in native.items()}
         kinds = write_weights(folder, shapes, make, max_shard_size)

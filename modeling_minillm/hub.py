@@ -5,13 +5,13 @@ Python files that define its classes, flat and importing one another relatively 
 an `auto_map` that names them all, a model card, and token ids that generation needs.
 """
 
-import contextlib
 import functools
 import importlib.util
+import inspect
+import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.description import describe
+from minillm.folders import updated_folder
 from minillm.modeling_minillm import MiniLLMPreTrainedModel
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
@@ -48,6 +49,13 @@ DEFAULT_LICENSE = "apache-2.0"
 CARD_NAME = "README.md"
 # In the empty template that transformers uploads, where MiniLLM is not imported: ours says more.
 STOCK_CARD_PHRASE = "This model card has been automatically generated"
+# Of an older tokenizer, where the new one has none: transformers would read them beside the new one's files.
+OUTDATED_TOKENIZER = (
+    "chat_template.jinja",
+    "additional_chat_templates",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 IMPORT = re.compile(r"^from (minillm(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
 
@@ -79,20 +87,14 @@ def write_sources(folder: Any, modules: Iterable[str]) -> None:
         (Path(folder) / name).write_text(text, "utf-8")
 
 
-@contextlib.contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `target` only when all of it is written."""
-    target = target.resolve()
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+def outdated_weights(variant: str | None, adapter: bool) -> Callable[[str], bool]:
+    """Tells the weights of an older model by their names: left beside new ones, they could be taken for them."""
+    middle = f".{re.escape(variant)}" if variant else ""
+    whole = "adapter_model" if adapter else "model"
+    pattern = re.compile(
+        rf"{whole}{middle}(-\d{{5}}-of-\d{{5}})?\.safetensors|{whole}\.safetensors\.index{middle}\.json"
+    )
+    return lambda name: pattern.fullmatch(name) is not None
 
 
 def model_card(model: MiniLLMPreTrainedModel) -> ModelCard:
@@ -168,8 +170,12 @@ def config_save(save: Callable) -> Callable:
         if push_to_hub:
             return save_then_push(type(self).save_pretrained, self, save_directory, split_push(kwargs))
         self.auto_map = dict(AUTO_MAP)
-        result = save(self, save_directory, **kwargs)
-        write_sources(save_directory, [MODELING, CONFIGURATION])
+        if os.path.isfile(save_directory):
+            # Refused there.
+            return save(self, save_directory, **kwargs)
+        with updated_folder(save_directory, outdated=lambda name: False) as folder:
+            result = save(self, folder, **kwargs)
+            write_sources(folder, [MODELING, CONFIGURATION])
         return result
 
     return save_pretrained
@@ -183,9 +189,14 @@ def tokenizer_save(save: Callable) -> Callable:
         if push_to_hub:
             return save_then_push(type(self).save_pretrained, self, save_directory, split_push(kwargs))
         self._auto_map = {"AutoTokenizer": [None, "tokenization_minillm.MiniLLMTokenizer"]}
-        result = save(self, save_directory, *args, **kwargs)
-        write_sources(save_directory, [TOKENIZATION])
-        return result
+        if os.path.isfile(save_directory):
+            return save(self, save_directory, *args, **kwargs)
+        prefix = kwargs.get("filename_prefix", args[1] if len(args) > 1 else None)
+        outdated = () if prefix else OUTDATED_TOKENIZER
+        with updated_folder(save_directory, outdated.__contains__) as folder:
+            files = save(self, folder, *args, **kwargs)
+            write_sources(folder, [TOKENIZATION])
+        return tuple(str(Path(save_directory, Path(file).relative_to(folder))) for file in files)
 
     return save_pretrained
 
@@ -204,11 +215,19 @@ def model_save(save: Callable) -> Callable:
             return save_then_push(type(self).save_pretrained, self, save_directory, split_push(kwargs))
         if self.can_generate():
             complete_generation_config(self)
-        result = save(self, save_directory, is_main_process, *args, **kwargs)
-        card = Path(save_directory) / CARD_NAME
-        holds_only_an_adapter = getattr(self, "_hf_peft_config_loaded", False)
-        if is_main_process and not card.exists() and not holds_only_an_adapter:
-            model_card(self).save(card)
+        writes = is_main_process and self.should_save_on_this_rank(is_main_process)
+        is_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        given = inspect.signature(save).bind(self, save_directory, is_main_process, *args, **kwargs).arguments
+        if not writes or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
+            # Of a distributed checkpoint each process writes its own part.
+            result = save(self, save_directory, is_main_process, *args, **kwargs)
+        else:
+            with updated_folder(save_directory, outdated_weights(given.get("variant"), is_adapter)) as folder:
+                result = save(self, folder, is_main_process, *args, **kwargs)
+                if not is_adapter and not (Path(save_directory) / CARD_NAME).exists():
+                    model_card(self).save(folder / CARD_NAME)
+        # Transformers' own barrier came before the files had their place.
+        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
         return result
 
     return save_pretrained
