@@ -341,6 +341,22 @@ class MiniLLMConfig(PreTrainedConfig):
         )
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers' own, which takes a folder without a config for a model of default sizes.
+
+        Raises:
+            OSError: if there is no config.
+        """
+        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not found:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no config.json, without which its weights mean nothing"
+            )
+        return found, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds a config from the dictionary of a saved one and overrides for it, which `from_pretrained` and the
         Auto classes pass on.

@@ -168,3 +168,12 @@ def test_what_no_file_can_hold_is_refused_by_its_name(tmp_path):
     with pytest.raises(ValueError, match="`colours="):
         config.save_pretrained(tmp_path / "config")
     assert not (tmp_path / "config" / "config.json").exists()
+
+
+def test_a_folder_without_a_config_is_no_model(tmp_path):
+    """transformers would take its weights for those of a model of default sizes."""
+    MiniLLMForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    for read in (MiniLLMConfig.from_pretrained, MiniLLMForCausalLM.from_pretrained):
+        with pytest.raises(OSError, match=r"has no config\.json"):
+            read(tmp_path)
