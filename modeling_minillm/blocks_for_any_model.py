@@ -94,11 +94,13 @@ def check_documents(
     Args:
         position_ids: [B or 1, length]; or of several axes [axes, B, length], the first of texts or time.
     """
-    positions = position_ids[0] if position_ids is not None and position_ids.ndim == 3 else position_ids
-    if positions is None or positions.ndim != 2 or positions.device.type == "meta" or is_transformed():
+    if position_ids is None or query.shape[2] == 1:
+        return
+    positions = position_ids[0] if position_ids.ndim == 3 else position_ids
+    if positions.ndim != 2 or positions.device.type == "meta" or is_transformed():
         return
     length, is_traced = positions.shape[1], is_tracing(query)
-    if length == 1 or not query.shape[2] == key.shape[2] == length:
+    if not query.shape[2] == key.shape[2] == length:
         return
     if is_traced and getattr(module, "layer_idx", None):
         # All layers get the same: one assertion is enough in a graph.
