@@ -115,4 +115,8 @@ def draw(out: Path, kind: str, result: Result) -> None:
             rows = [row for row in result["comparisons"] if activity_of(row) == activity]
             draw_comparisons(out / f"speed-{activity.replace(' ', '-')}.png", rows)
     elif result["comparisons"]:
-        draw_comparisons(out / f"{kind}.png", result["comparisons"])
+        shown = result["comparisons"]
+        if kind == "blocks" and any(row["baseline"].endswith("sdpa") for row in shown):
+            # What changes, in one picture of a size to look at; the tables have the rest.
+            shown = [row for row in shown if row["baseline"].endswith("sdpa") and row["what"].startswith("packed")]
+        draw_comparisons(out / f"{kind}.png", shown)

@@ -47,6 +47,15 @@ def short_texts(monkeypatch):
     monkeypatch.setattr(tuning, "any_model_blocks_from", 128)
 
 
+@pytest.fixture(autouse=True)
+def compiler():
+    """Leaves no graph, and no count of their breaks, to other tests."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """Calls of attention in blocks."""
@@ -265,10 +274,8 @@ def test_a_compiled_model_has_the_mask_of_sdpa(dynamic, counted):
     model = model_of("gemma3")
     expected = logits_of(model, packed())
     model.set_attn_implementation(BLOCKS)
-    torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     assert_same_logits(logits_of(compiled, packed()), expected)
-    torch.compiler.reset()
     assert not counted
 
 
@@ -277,7 +284,6 @@ def test_compiled_layers_run_blocks_between_their_graphs(counted):
     lengths = [(30, 65, 55), (60, 80, 20), (70, 70, 60)]
     expected = [logits_of(model, packed(each)) for each in lengths]
     model.set_attn_implementation(BLOCKS)
-    torch.compiler.reset()
     for layer in model.model.layers:
         layer.compile(backend="aot_eager")
     for each, logits in zip(lengths, expected, strict=True):
@@ -287,7 +293,6 @@ def test_compiled_layers_run_blocks_between_their_graphs(counted):
     model.model.layers[0].compile(backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"blocks_from = 2\*\*62"):
         logits_of(model, packed())
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
@@ -361,10 +366,8 @@ def test_a_model_that_sdpa_cannot_serve_is_refused(model_type, length):
     model = AutoModel.from_config(config, attn_implementation=BLOCKS)
     with pytest.raises(ValueError, match=f"cannot serve the model of {type(config).__name__}"):
         model(tokens(length=length))
-    torch.compiler.reset()
     with pytest.raises(Exception, match="cannot serve the model of"):
         torch.compile(model, backend="eager", fullgraph=True)(tokens(length=length))
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("length", [20, LENGTH])
@@ -423,7 +426,6 @@ def test_documents_are_refused_where_a_later_layer_is_the_first_with_attention()
 def test_documents_are_refused_in_a_compiled_model():
     model, inputs = model_of("llama"), packed()
     model.set_attn_implementation(BLOCKS)
-    torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     plain = {**inputs, "position_ids": torch.arange(LENGTH).repeat(2, 1)}
     mask = torch.ones_like(inputs["input_ids"])
@@ -432,7 +434,6 @@ def test_documents_are_refused_in_a_compiled_model():
         compiled(**inputs, use_cache=False)
         with pytest.raises(RuntimeError, match="restart, as in packed documents"):
             compiled(**inputs, attention_mask=mask)
-    torch.compiler.reset()
 
 
 def test_axes_of_positions_are_told_apart():

@@ -23,7 +23,15 @@ from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMForSequenceClassif
 from minillm.capabilities import DIRECTIONS, KINDS, check, refusal
 from minillm.cli.inspection import refusal_reasons, served
 
-KNOWN = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+KNOWN = (
+    "eager",
+    "sdpa",
+    "minillm_blocks",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+)
 ENGINES = ("vllm", "sglang", "paged")
 PAGED = (*ENGINES, "paged|sdpa", "paged|eager")
 UNKNOWN = ("kernels-community/x", "kernels-community/flash-attn2", "my_kernel")
@@ -65,7 +73,7 @@ VARIANTS = [
 def can_serve(variant, back_end, device, direction):
     """The rule in words: see the README's table."""
     has_bias = variant.positions in ("alibi", "sandwich")
-    if back_end in ("eager", "sdpa"):
+    if back_end in ("eager", "sdpa", "minillm_blocks"):
         return True
     if back_end == "flex_attention":
         if variant.dropout and direction == "backward":
@@ -157,7 +165,7 @@ HOPELESS = [
 
 
 def test_every_kind_of_refusal_is_attempted():
-    assert {back_end for _, back_end in HOPELESS} == {*KNOWN[3:], *PAGED, *UNKNOWN}
+    assert {back_end for _, back_end in HOPELESS} == {*KNOWN[4:], *PAGED, *UNKNOWN}
 
 
 def saved(config, folder, **keys):
@@ -223,7 +231,7 @@ def test_a_refused_setting_leaves_the_model_as_it_was():
     inputs = batch(model.config, "plain")
     with torch.no_grad():
         before = model(**inputs).logits
-        for back_end in (*KNOWN[3:], *UNKNOWN):
+        for back_end in (*KNOWN[4:], *UNKNOWN):
             with pytest.raises(ValueError):
                 model.set_attn_implementation(back_end)
         assert model.config._attn_implementation == "sdpa"
@@ -232,7 +240,7 @@ def test_a_refused_setting_leaves_the_model_as_it_was():
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("back_end", KNOWN[3:])
+@pytest.mark.parametrize("back_end", KNOWN[4:])
 @pytest.mark.parametrize("attention_type", ["causal", "bidirectional"])
 def test_flash_attention_is_refused_on_cpu(attention_type, back_end):
     """The package may be there, and the model too, before the device is known."""
