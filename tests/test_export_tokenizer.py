@@ -83,7 +83,9 @@ def require_no_code(folder):
         assert "auto_map" not in file.read_text("utf-8")
 
 
-@pytest.mark.parametrize("kind", SUBWORD_MODELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "byte_bpe" else [pytest.mark.slow]) for kind in SUBWORD_MODELS]
+)
 def test_a_stranger_reads_text_as_minillm_does(kind, tmp_path):
     tokenizer = train(kind)
     model = save_model(tmp_path / "ours", tokenizer)
