@@ -297,7 +297,7 @@ def peak():
 
 comparison.free_memory = lambda: int(sys.argv[1])
 before = peak()
-convert("native", "ours", max_shard_size="5MB")
+convert("native", f"ours-{sys.argv[1]}", max_shard_size="5MB")
 print(peak() - before)
 """
 
