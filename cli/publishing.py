@@ -25,13 +25,14 @@ def export_model(model_name: str, out: Path, adapter: str | None = None, dtype: 
             adapter that cannot be merged, or a written model that differs.
     """
     kind = torch_dtype(dtype)
-    model, tokenizer = load_whole_model(model_name)
-    if adapter is not None:
-        model = merge_adapter(model, model_name, adapter)
-    if kind is not None:
-        # After the merge, so that its sum is rounded once.
-        model = model.to(dtype=kind)
+    # Taken before the work, which would be in vain if `out` is not free.
     with new_folder(out) as folder:
+        model, tokenizer = load_whole_model(model_name)
+        if adapter is not None:
+            model = merge_adapter(model, model_name, adapter)
+        if kind is not None:
+            # After the merge, so that its sum is rounded once.
+            model = model.to(dtype=kind)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         compare_written(model, folder)

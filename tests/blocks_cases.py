@@ -1,6 +1,7 @@
 """Tiny models of transformers' own families, and batches long enough for attention in blocks."""
 
 import torch
+from native_families import fill_loudly
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 VOCAB, LENGTH, WINDOW = 64, 150, 40
@@ -82,12 +83,7 @@ def model_of(family, **fields):
     torch.manual_seed(0)
     auto = AutoModelForCausalLM if family in DECODERS else AutoModel
     model = auto.from_config(config, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + (1.0 if parameter.ndim == 1 else 0.0))
-    return model.eval()
+    return fill_loudly(model)
 
 
 def tokens(batch=2, length=LENGTH):

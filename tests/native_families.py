@@ -86,9 +86,14 @@ def native_model(case, dtype=torch.float32):
     config = CONFIG_MAPPING[model_type](**fields)
     # With transformers' default back end: its eager Falcon adds ALiBi twice, to the scores and to the mask.
     model = AutoModelForCausalLM.from_config(config)
+    return fill_loudly(model, 0.15).to(dtype)
+
+
+def fill_loudly(model, scale=0.2):
+    """Large weights that depend on names and shapes alone, so that models of one shape get the same."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
-            noise = 0.15 * torch.randn(parameter.shape, generator=generator)
+            noise = scale * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 else 0.0))
-    return model.to(dtype).eval()
+    return model.eval()

@@ -21,7 +21,7 @@ from blocks_cases import (
     scored,
     tokens,
 )
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from test_loss import LargestTensor
 from transformers import (
     CONFIG_MAPPING,
@@ -353,6 +353,7 @@ NOT_SERVED = {
     # They add the mask to their scores themselves.
     "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 4},
     "mpt": {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 4},
+    "xglm": {"vocab_size": 64, "d_model": 32, "num_layers": 1, "attention_heads": 4, "ffn_dim": 48},
     # They say that SDPA cannot serve them, which knows no sinks, and would take an encoder for a decoder.
     "gpt_oss": {**TINY, "num_local_experts": 4, "num_experts_per_tok": 2},
     "splinter": {name: size for name, size in TINY.items() if name not in ("head_dim", "num_key_value_heads")},
@@ -537,6 +538,18 @@ def test_masks_by_functions_of_ones_own_are_those_of_sdpa(counted):
         more = {"and_mask_function": lambda batch, head, query, key: query - key < 7}
         masks.append(create_causal_mask(model.config, embeds, None, None, **more))
     assert torch.equal(*masks) and isinstance(masks[1], torch.Tensor)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_lora_trains_the_same(batch, counted):
+    inputs, found = with_labels(BATCHES[batch]()), []
+    for back_end in ("eager", BLOCKS):
+        torch.manual_seed(0)
+        adapted = get_peft_model(model_of("gemma3"), LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False))
+        adapted.set_attn_implementation(back_end)
+        found.append(loss_and_gradients(adapted.eval(), inputs))
+    assert_close_to_eager(found[1], found[0])
+    assert counted
 
 
 def test_prefix_tuning_has_the_mask_of_sdpa(counted):

@@ -13,6 +13,8 @@ from hub_server import running_hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minillm.cli.publishing import export_model
+
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
@@ -141,3 +143,10 @@ def test_push_without_a_hub_is_one_line(model_folder):
     # The tests run with HF_HUB_OFFLINE=1.
     assert "user/model was not uploaded" in fail("push", model_folder, "user/model")
     assert "is no folder here" in fail("push", "nowhere", "user/model")
+
+
+def test_a_folder_that_is_not_free_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine", "utf-8")
+    with pytest.raises(ValueError, match="is not empty"):
+        export_model(str(tmp_path / "no model"), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from matrix_cases import VOCAB, batch, tiny_config
+from native_families import fill_loudly
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 
@@ -33,14 +34,7 @@ def fresh(config):
 
 
 def loud(config):
-    """Large weights that depend on name and shape alone, so that two configs of one shape get the same."""
-    model = fresh(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + (1.0 if parameter.ndim == 1 else 0.0))
-    return model.eval()
+    return fill_loudly(fresh(config))
 
 
 def differ(tensors, others, least=1e-3):
