@@ -12,6 +12,7 @@ PACKAGES = {
     "minillm": "modeling_minillm",
     "minillm.configuration": "configuration",
     "minillm.tokenization": "tokenization",
+    "minillm.publishing": "publishing",
     "minillm.conversion": "conversion",
     "minillm.training": "training",
     "minillm.evaluation": "evaluation",

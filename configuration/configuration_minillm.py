@@ -26,7 +26,7 @@ from minillm.configuration.derived_fields import (
 from minillm.configuration.feed_forward_fields import feed_forward_conflicts
 from minillm.configuration.field_ranges import check_owners, check_ranges
 from minillm.configuration.norm_fields import norm_conflicts
-from minillm.configuration.presets import PRESETS
+from minillm.configuration.preset import PRESETS
 from minillm.configuration.rope_fields import (
     OLD_SPELLINGS,
     assigned_rope,
@@ -432,7 +432,10 @@ class MiniLLMConfig(PreTrainedConfig):
 
         Raises:
             ValueError: if there is no such preset (the message lists them all).
+            ImportError: in the copy of this code beside a saved model, which has no presets.
         """
+        if not PRESETS:
+            raise ImportError("presets come with the plug-in: `pip install minillm-hf`, then `import minillm`")
         if name not in PRESETS:
             close = difflib.get_close_matches(str(name), PRESETS, 1)
             hint = f" did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""What a preset is."""
+"""What a preset is, and the table of all."""
 
 from typing import Any, NamedTuple
 
@@ -11,6 +11,11 @@ class Preset(NamedTuple):
     source: str
     fields: dict[str, Any]
     family: str = "minillm"
+
+
+PRESETS: dict[str, Preset] = {}
+"""All presets by name, entered by `minillm.configuration.presets`; the copy of this code beside a saved model has
+none."""
 
 
 def size(hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> dict[str, int]:

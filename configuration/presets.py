@@ -4,7 +4,7 @@
 source does not say is left at its default; a token id that it does not say is None.
 """
 
-from minillm.configuration.preset import Preset
+from minillm.configuration.preset import PRESETS, Preset
 from minillm.configuration.presets_glm import GLM_PRESETS
 from minillm.configuration.presets_gpt import GPT_PRESETS
 from minillm.configuration.presets_llama import LLAMA_PRESETS
@@ -20,15 +20,17 @@ _MINI = {
 
 _OWN = "chosen to train on a laptop"
 
-PRESETS: dict[str, Preset] = {
-    "minillm-causal-10m": Preset("causal decoder with RoPE, RMSNorm and SwiGLU", _OWN, _MINI),
-    "minillm-prefix-10m": Preset(
-        "the same with a bidirectional prefix (prefix LM)", _OWN, {**_MINI, "attention_type": "prefix"}
-    ),
-    "minillm-alibi-10m": Preset(
-        "the same with ALiBi in place of RoPE", _OWN, {**_MINI, "position_embedding_type": "alibi"}
-    ),
-    **GPT_PRESETS,
-    **LLAMA_PRESETS,
-    **GLM_PRESETS,
-}
+PRESETS.update(
+    {
+        "minillm-causal-10m": Preset("causal decoder with RoPE, RMSNorm and SwiGLU", _OWN, _MINI),
+        "minillm-prefix-10m": Preset(
+            "the same with a bidirectional prefix (prefix LM)", _OWN, {**_MINI, "attention_type": "prefix"}
+        ),
+        "minillm-alibi-10m": Preset(
+            "the same with ALiBi in place of RoPE", _OWN, {**_MINI, "position_embedding_type": "alibi"}
+        ),
+        **GPT_PRESETS,
+        **LLAMA_PRESETS,
+        **GLM_PRESETS,
+    }
+)

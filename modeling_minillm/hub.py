@@ -1,17 +1,15 @@
 """Makes every saved folder loadable by a stranger who has transformers but not MiniLLM.
 
 `install()` wraps the saving methods of config, tokenizer and model: beside what transformers writes, a folder gets the
-Python files that define its classes, flat and importing one another relatively (what `trust_remote_code` understands),
-an `auto_map` that names them all, a model card, and token ids that generation needs.
+Python files that define its classes, an `auto_map` that names them, a model card, and token ids that generation needs.
 """
 
 import functools
-import importlib.util
 import inspect
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,11 @@ from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.description import describe
 from minillm.folders import updated_folder
 from minillm.modeling_minillm import MiniLLMPreTrainedModel
+from minillm.publishing.bundle import write_bundles
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
 logger = logging.get_logger(__name__)
 
-MODELING = "minillm.modeling_minillm"
-CONFIGURATION = "minillm.configuration.configuration_minillm"
-TOKENIZATION = "minillm.tokenization.tokenization_minillm"
 AUTO_MAP = {
     "AutoConfig": "configuration_minillm.MiniLLMConfig",
     "AutoModel": "modeling_minillm.MiniLLMModel",
@@ -56,35 +52,6 @@ OUTDATED_TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-
-IMPORT = re.compile(r"^from (minillm(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
-
-
-def exported_sources(modules: Iterable[str]) -> dict[str, str]:
-    """The flat files of these modules and of all that they import from MiniLLM.
-
-    Args:
-        modules: full names, e.g. `"minillm.modeling_minillm"`.
-
-    Returns:
-        File name to source, with `from minillm.room.module import X` rewritten to `from .module import X`.
-    """
-    sources: dict[str, str] = {}
-    waiting = list(modules)
-    while waiting:
-        name = waiting.pop()
-        file_name = f"{name.rpartition('.')[2]}.py"
-        if file_name in sources:
-            continue
-        text = Path(importlib.util.find_spec(name).origin).read_text("utf-8")
-        waiting += [f"{package}.{module}" for package, module in IMPORT.findall(text)]
-        sources[file_name] = IMPORT.sub(r"from .\2 import", text)
-    return sources
-
-
-def write_sources(folder: Any, modules: Iterable[str]) -> None:
-    for name, text in exported_sources(modules).items():
-        (Path(folder) / name).write_text(text, "utf-8")
 
 
 def outdated_weights(variant: str | None, adapter: bool) -> Callable[[str], bool]:
@@ -175,7 +142,7 @@ def config_save(save: Callable) -> Callable:
             return save(self, save_directory, **kwargs)
         with updated_folder(save_directory, outdated=lambda name: False) as folder:
             result = save(self, folder, **kwargs)
-            write_sources(folder, [MODELING, CONFIGURATION])
+            write_bundles(folder, "modeling_minillm")
         return result
 
     return save_pretrained
@@ -195,7 +162,7 @@ def tokenizer_save(save: Callable) -> Callable:
         outdated = () if prefix else OUTDATED_TOKENIZER
         with updated_folder(save_directory, outdated.__contains__) as folder:
             files = save(self, folder, *args, **kwargs)
-            write_sources(folder, [TOKENIZATION])
+            write_bundles(folder, "tokenization_minillm")
         return tuple(str(Path(save_directory, Path(file).relative_to(folder))) for file in files)
 
     return save_pretrained

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import minillm
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer
+from minillm.publishing.bundle import ROOTS, modules_of
 
 SIZE = {
     "vocab_size": 300,
@@ -225,10 +227,32 @@ def test_hub_over_http(tmp_path):
     assert "extra" in card and "trust_remote_code=True" in card and "automatically generated" not in card
 
 
+def write_file_by_file(folder: Path) -> None:
+    """The Python files as MiniLLM 0.1 wrote them: each module by itself, importing the others relatively."""
+    for path in folder.glob("*.py"):
+        for module in modules_of(ROOTS[path.stem]):
+            text = re.sub(
+                r"^from minillm(\.\w+)*\.(\w+) import", r"from .\2 import", "\n".join(module.lines), flags=re.M
+            )
+            (folder / f"{module.name.rpartition('.')[2]}.py").write_text(text, "utf-8")
+
+
+def test_a_folder_of_many_files_still_loads(tmp_path):
+    model = tiny(**VARIANTS["prefix-glm_2d"])
+    model.save_pretrained(tmp_path / "old")
+    tokenizer().save_pretrained(tmp_path / "old")
+    write_file_by_file(tmp_path / "old")
+    assert len(list((tmp_path / "old").glob("*.py"))) > 30
+    case = model_case("old", model, tmp_path / "old")
+    assert visit([case], tmp_path) == {"old": "equal"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("name", ["causal-rope", "prefix-glm_2d"])
 def test_a_published_folder_holds_no_pickle_and_all_it_needs(tmp_path, name):
     tiny(**VARIANTS[name]).save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names
-    assert {"configuration_minillm.py", "modeling_minillm.py", "masks.py"} <= names
+    assert {file for file in names if file.endswith(".py")} == {"configuration_minillm.py", "modeling_minillm.py"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
