@@ -13,6 +13,8 @@ PACKAGES = {
     "minillm.configuration": "configuration",
     "minillm.tokenization": "tokenization",
     "minillm.publishing": "publishing",
+    "minillm.plugin": "plugin",
+    "minillm.data": "data",
     "minillm.conversion": "conversion",
     "minillm.training": "training",
     "minillm.evaluation": "evaluation",

@@ -21,12 +21,7 @@ from benchmarks.models import Contender, build, rotating_ids
 from benchmarks.speed import PLANS
 from benchmarks.steps import batches_of, training_step
 from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, summarise
-from minillm.training import (
-    DataCollatorForCausalLM,
-    DataCollatorForGLM,
-    DataCollatorForPrefixLM,
-    pack_dataset,
-)
+from minillm.training import DataCollatorForCausalLM, DataCollatorForGLM, DataCollatorForPrefixLM, pack_dataset
 
 VOCABULARY = 32_000
 # Ids 0 to 5 are special; these end sentences, one in some twenty tokens.

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, summarise
 from minillm import MiniLLMTokenizer
-from minillm.training import standard_library
+from minillm.data import standard_library
 
 OWN, RAW, FAST = "MiniLLMTokenizer", "tokenizers", "PreTrainedTokenizerFast"
 

@@ -24,21 +24,18 @@ from minillm.cli.console import console
 from minillm.cli.loading import last_complete_checkpoint
 from minillm.cli.progress import ProgressCallback, Schedule, fastest_thread_count
 from minillm.cli.report import write_report
-from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
-from minillm.folders import new_folder, write_atomically
-from minillm.training import (
+from minillm.data import (
     CorpusError,
-    DataCollatorForCausalLM,
-    DataCollatorForPrefixLM,
-    SetEpochCallback,
     TextDocument,
     cut_document,
     docstring_prose,
     load_corpus,
-    pack_dataset,
     split_corpus,
     tokenize_documents,
 )
+from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
+from minillm.publishing.folders import new_folder, write_atomically
+from minillm.training import DataCollatorForCausalLM, DataCollatorForPrefixLM, SetEpochCallback, pack_dataset
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "causal": {},

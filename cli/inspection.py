@@ -14,10 +14,10 @@ from minillm.capabilities import DIRECTIONS, KINDS, features_of, refusal
 from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
 from minillm.configuration.presets import PRESETS
-from minillm.description import describe
 from minillm.folded_alibi import is_foldable
 from minillm.fused_loss import find_liger
 from minillm.position_schemes import POSITION_BIASES
+from minillm.publishing.description import describe
 from minillm.tuning import tuning
 
 

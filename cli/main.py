@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from minillm.cli.console import console, fail, one_line_errors, require_extra, say
-from minillm.folders import claimed, full_disk_in_words, new_folder, reserved
+from minillm.publishing.folders import claimed, full_disk_in_words, new_folder, reserved
 
 app = typer.Typer(
     help="Train, tune, run and publish MiniLLM models.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -58,8 +58,8 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer on text files."""
     with one_line_errors(), claimed(out):
+        from minillm.data import load_corpus
         from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
-        from minillm.training import load_corpus
 
         texts = [document.text for path in files for document in load_corpus(path)]
         tokenizer = MiniLLMTokenizer.train_from_iterator(

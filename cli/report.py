@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from minillm.cli.console import console, say
-from minillm.folders import new_file, write_atomically
+from minillm.publishing.folders import new_file, write_atomically
 
 
 def write_report(

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minillm.cli.console import console, say
 from minillm.cli.loading import load_model, load_pretrained
-from minillm.folders import new_file, new_folder, reserved, write_atomically
+from minillm.data import TextDocument, load_corpus
+from minillm.publishing.folders import new_file, new_folder, reserved, write_atomically
 from minillm.tokenization import FertilityReport, extend_vocabulary, measure_fertility
-from minillm.training import TextDocument, load_corpus
 
 FERTILITY_COLUMNS = (
     "text",

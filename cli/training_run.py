@@ -19,9 +19,17 @@ from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.cli.console import one_line, say
 from minillm.cli.loading import last_complete_checkpoint, load_model, load_pretrained
 from minillm.cli.progress import ProgressCallback
+from minillm.data import load_corpus, split_corpus, tokenize_documents
 from minillm.evaluation import perplexity
-from minillm.folders import claimed, full_disk_in_words, new_folder, require_free, reserved, write_atomically
 from minillm.loss import why_logits
+from minillm.publishing.folders import (
+    claimed,
+    full_disk_in_words,
+    new_folder,
+    require_free,
+    reserved,
+    write_atomically,
+)
 from minillm.tokenization.literal_text import apply_template_literally
 from minillm.training import (
     DataCollatorForCausalLM,
@@ -29,10 +37,7 @@ from minillm.training import (
     DataCollatorForPrefixLM,
     DataCollatorForSFT,
     SetEpochCallback,
-    load_corpus,
     pack_dataset,
-    split_corpus,
-    tokenize_documents,
 )
 
 MASK_OF = {"causal": "causal", "prefix": "prefix", "glm": "prefix", "sft": None}

@@ -1,6 +1,5 @@
 """What a model is: pure data and its validation, without torch modules."""
 
-from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.configuration.presets import PRESETS
 
-__all__ = ["PRESETS", "MiniLLMConfig"]
+__all__ = ["PRESETS"]

@@ -31,8 +31,8 @@ from minillm.conversion.families import BLOOM, FALCON, GLM, GPT2, LLAMA, MIXTRAL
 from minillm.conversion.family import ConversionError, Family, NameMapping
 from minillm.conversion.gguf_file import GGUFCheckpoint
 from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
-from minillm.folders import claimed, new_folder, require_apart
-from minillm.hub import CARD_NAME, complete_generation_config, model_card
+from minillm.publishing.folders import claimed, new_folder, require_apart
+from minillm.publishing.hub import CARD_NAME, complete_generation_config, model_card
 
 FAMILIES: dict[str, Family] = {
     family.name: family

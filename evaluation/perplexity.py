@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from minillm.training.documents import NothingToScoreError
+from minillm.data.documents import NothingToScoreError
 
 IGNORE_INDEX = -100
 

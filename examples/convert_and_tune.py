@@ -12,15 +12,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from minillm.conversion import convert, export
+from minillm.data import TextDocument, load_corpus, split_corpus, tokenize_documents
 from minillm.evaluation import perplexity
-from minillm.training import (
-    DataCollatorForCausalLM,
-    TextDocument,
-    load_corpus,
-    pack_dataset,
-    split_corpus,
-    tokenize_documents,
-)
+from minillm.training import DataCollatorForCausalLM, pack_dataset
 
 
 def main(

@@ -18,15 +18,9 @@ import typer
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __version__
+from minillm.data import cut_document, load_corpus, split_corpus, tokenize_documents
 from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
-from minillm.training import (
-    DataCollatorForCausalLM,
-    cut_document,
-    load_corpus,
-    pack_dataset,
-    split_corpus,
-    tokenize_documents,
-)
+from minillm.training import DataCollatorForCausalLM, pack_dataset
 
 # Weights of about hidden_size ** -0.5 keep a stream's size, as they do in large models: GLM-130B is so wide that there
 # transformers' usual 0.02 is more than that. In a thin model 0.02 all but closes the branches.

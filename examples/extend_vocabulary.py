@@ -11,15 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import minillm  # noqa: F401  registers the models with transformers and PEFT
+from minillm.data import load_corpus, tokenize_documents
 from minillm.evaluation import perplexity
 from minillm.tokenization import extend_vocabulary, measure_fertility
-from minillm.training import (
-    DataCollatorForCausalLM,
-    load_corpus,
-    pack_dataset,
-    resize_for_vocabulary,
-    tokenize_documents,
-)
+from minillm.training import DataCollatorForCausalLM, pack_dataset, resize_for_vocabulary
 
 # A real run needs megabytes: --corpus.
 CHINESE = """语言模型根据前面的词预测下一个词。

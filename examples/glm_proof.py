@@ -34,15 +34,9 @@ from glm_proof_picture import draw
 from transformers import Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __version__
-from minillm.training import (
-    DataCollatorForCausalLM,
-    DataCollatorForGLM,
-    SetEpochCallback,
-    corrupt,
-    load_corpus,
-    split_corpus,
-)
-from minillm.training.span_masking import most_spans, poisson_cdf, token_spans
+from minillm.data import corrupt, load_corpus, split_corpus
+from minillm.data.span_masking import most_spans, poisson_cdf, token_spans
+from minillm.training import DataCollatorForCausalLM, DataCollatorForGLM, SetEpochCallback
 
 IGNORED = -100
 PADDING = {"labels": IGNORED}

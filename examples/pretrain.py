@@ -10,16 +10,9 @@ import typer
 from transformers import Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer
+from minillm.data import load_corpus, split_corpus, tokenize_documents
 from minillm.evaluation import perplexity
-from minillm.training import (
-    DataCollatorForCausalLM,
-    DataCollatorForPrefixLM,
-    SetEpochCallback,
-    load_corpus,
-    pack_dataset,
-    split_corpus,
-    tokenize_documents,
-)
+from minillm.training import DataCollatorForCausalLM, DataCollatorForPrefixLM, SetEpochCallback, pack_dataset
 
 VARIANTS = {
     "causal": {},

@@ -1,22 +1,29 @@
-"""MiniLLM: one composable decoder for transformers. Importing it registers everything with transformers and PEFT."""
+"""MiniLLM: one composable decoder for transformers, in which architectures are settings.
 
-from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.hub import install
-from minillm.modeling_minillm import (
-    MiniLLMForCausalLM,
-    MiniLLMForQuestionAnswering,
-    MiniLLMForSequenceClassification,
-    MiniLLMForTokenClassification,
-    MiniLLMModel,
-    MiniLLMPreTrainedModel,
-)
-from minillm.prompts import find_prompts, number_prompts
-from minillm.registration import register
-from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
+`import minillm` loads neither torch nor transformers. The models are entered in the Auto classes when these are first
+imported, or at once if they are there.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from minillm.plugin.after_import import after_import
+from minillm.plugin.peft_tables import TABLES, fill_peft_tables
 from minillm.version import __version__
 
-register()
-install()
+if TYPE_CHECKING:
+    from minillm import configuration, conversion, data, evaluation, publishing, tokenization, training
+    from minillm.configuration.configuration_minillm import MiniLLMConfig
+    from minillm.modeling_minillm import (
+        MiniLLMForCausalLM,
+        MiniLLMForQuestionAnswering,
+        MiniLLMForSequenceClassification,
+        MiniLLMForTokenClassification,
+        MiniLLMModel,
+        MiniLLMPreTrainedModel,
+    )
+    from minillm.prompts import find_prompts, number_prompts
+    from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
 __all__ = [
     "MiniLLMConfig",
@@ -28,6 +35,50 @@ __all__ = [
     "MiniLLMPreTrainedModel",
     "MiniLLMTokenizer",
     "__version__",
+    "configuration",
+    "conversion",
+    "data",
+    "evaluation",
     "find_prompts",
     "number_prompts",
+    "publishing",
+    "tokenization",
+    "training",
 ]
+
+_ROOMS = ("configuration", "conversion", "data", "evaluation", "publishing", "tokenization", "training")
+_MODULES = {
+    "MiniLLMConfig": "configuration.configuration_minillm",
+    "MiniLLMTokenizer": "tokenization.tokenization_minillm",
+    "find_prompts": "prompts",
+    "number_prompts": "prompts",
+}
+"""Where a public name comes from, if not from `modeling_minillm`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'modeling_minillm')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register() -> None:
+    importlib.import_module("minillm.plugin.registration").register()
+
+
+after_import.call(
+    _register,
+    "transformers.models.auto",
+    "transformers.modeling_utils",
+    "minillm.configuration.configuration_minillm",
+    "minillm.tokenization.tokenization_minillm",
+)
+after_import.call(fill_peft_tables, TABLES)

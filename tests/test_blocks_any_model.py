@@ -36,8 +36,8 @@ from transformers.masking_utils import create_causal_mask
 
 from minillm import blocked_attention
 from minillm.blocked_attention import BlockedMask, FlashInParts, block_size
-from minillm.blocks_for_any_model import attention_of_any_model
 from minillm.capabilities import BLOCKS
+from minillm.plugin.blocks_for_any_model import attention_of_any_model
 from minillm.tuning import tuning
 
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_stranger import tiny
@@ -60,10 +61,15 @@ def test_every_definition_comment_and_docstring_of_the_modules_stands_in_the_fil
 
 def test_what_travels_is_the_modeling_folder_and_nothing_of_other_rooms():
     travelling = {module.name for root in ROOTS.values() for module in modules_of(root)}
-    rooms = {name.rpartition(".")[0] for name in travelling}
-    assert rooms == {"minillm", "minillm.configuration", "minillm.tokenization"}
-    presets = {name for name in travelling if name.startswith("minillm.configuration.presets")}
-    assert presets == set()
+    assert {name.rpartition(".")[0] for name in travelling} == {
+        "minillm",
+        "minillm.configuration",
+        "minillm.tokenization",
+    }
+    here = {name.rpartition(".")[2] for name in travelling if name.count(".") == 1}
+    folder = {path.stem for path in Path(minillm.__file__).parent.glob("*.py")}
+    assert folder - here == {"__init__", "__main__"}
+    assert not [name for name in travelling if name.startswith("minillm.configuration.presets")]
 
 
 def test_two_processes_make_equal_files():
@@ -104,13 +110,13 @@ def test_modules_come_after_what_they_import_and_imports_are_merged(written):
     text = written(
         "top",
         base='"""Base."""\n\nimport os\nfrom pathlib import Path\n\n# Why.\nONE = os.sep\nlogger = str(Path())\n',
-        middle="from pathlib import Path, PurePath\n\nfrom madeup.base import ONE\n\nlogger = str(Path())\nTWO = ONE\n",
+        middle="from pathlib import Path, PurePath\n\nfrom madeup.base import ONE\n\nlogger = str(Path())\nTWO = 2\n",
         top='"""Top."""\n\nfrom madeup.middle import TWO\n\nTHREE = TWO\n',
     )
     assert text.partition("\n\n")[2] == (
         '"""Top."""\n\nimport os\nfrom pathlib import Path, PurePath\n\n'
         '# ---- madeup.base ----\n"""Base."""\n\n# Why.\nONE = os.sep\nlogger = str(Path())\n\n\n'
-        "# ---- madeup.middle ----\n\nTWO = ONE\n\n\n"
+        "# ---- madeup.middle ----\n\nTWO = 2\n\n\n"
         "# ---- madeup.top ----\n\nTHREE = TWO\n"
     )
 

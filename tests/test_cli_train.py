@@ -26,16 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from minillm import MiniLLMForCausalLM
 from minillm.cli.training_run import LogitFreeTrainer
 from minillm.configuration.presets import PRESETS, Preset
+from minillm.data import load_corpus, split_corpus, tokenize_documents
 from minillm.evaluation import perplexity
-from minillm.training import (
-    DataCollatorForCausalLM,
-    DataCollatorForGLM,
-    DataCollatorForPrefixLM,
-    load_corpus,
-    pack_dataset,
-    split_corpus,
-    tokenize_documents,
-)
+from minillm.training import DataCollatorForCausalLM, DataCollatorForGLM, DataCollatorForPrefixLM, pack_dataset
 
 SHORT = ("--max-steps", 6, "--batch-size", 4)
 

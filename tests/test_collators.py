@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 
+from minillm.data.packing import best_fit_decreasing
 from minillm.training.collators import DataCollatorForCausalLM, pack_dataset
-from minillm.training.packing import best_fit_decreasing
 
 
 def causal(**arguments):

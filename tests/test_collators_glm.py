@@ -27,11 +27,11 @@ from glm_cases import (
 from torch.utils.data import DataLoader
 
 from minillm import MiniLLMTokenizer
+from minillm.data.span_masking import corrupt, most_spans
 from minillm.infilling import glm_inputs
 from minillm.training import DataCollatorForGLM, DataCollatorForPrefixLM, pack_dataset
 from minillm.training.collators import uniform_draw
 from minillm.training.glm_collator import draws
-from minillm.training.span_masking import corrupt, most_spans
 
 NAMES = ["input_ids", "attention_mask", "labels", "position_ids", "block_position_ids", "prefix_mask", "document_ids"]
 

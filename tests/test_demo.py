@@ -13,16 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import minillm.cli.demo as demo_module
+from minillm.data import docstring_prose, load_corpus, split_corpus, tokenize_documents
 from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
-from minillm.training import (
-    DataCollatorForCausalLM,
-    DataCollatorForPrefixLM,
-    docstring_prose,
-    load_corpus,
-    pack_dataset,
-    split_corpus,
-    tokenize_documents,
-)
+from minillm.training import DataCollatorForCausalLM, DataCollatorForPrefixLM, pack_dataset
 
 STEPS = 24
 PUBLISHED = ("causal", "prefix", "alibi", "lora")

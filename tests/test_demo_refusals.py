@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import minillm.cli.demo as demo_module
 from minillm.cli.demo import other_kind_of_text
 from minillm.cli.progress import fastest_thread_count
-from minillm.training import TextDocument
+from minillm.data import TextDocument
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from hub_server import running_hub
 
 from minillm import MiniLLMConfig
-from minillm.description import draw_mask
+from minillm.publishing.description import draw_mask
 
 DOCS = Path(__file__).parent.parent / "docs"
 DRAWING = re.compile(r"<!-- mask: (\{[^\n]*\}) -->\n```text\n(.*?)```", re.S)

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vocabulary_cases import CHINESE, ENGLISH, MIXED, chinese_tokenizer, english_tokenizer, minillm_tokenizer
 
+from minillm.data import TextDocument
 from minillm.tokenization import extend_vocabulary, measure_fertility
 from minillm.tokenization.fertility import count_words, cut_segments, line_bucket
-from minillm.training import TextDocument
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, folders
 from minillm.conversion import convert, export
-from minillm.folders import FolderInUse, claimed, new_folder, require_free, reserved, updated_folder
+from minillm.publishing.folders import FolderInUse, claimed, new_folder, require_free, reserved, updated_folder
 
 SIZES = {
     "vocab_size": 32,

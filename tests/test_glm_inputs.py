@@ -9,7 +9,7 @@ from cli_cases import small_model, small_tokenizer
 from test_tokenization import EXACT, ROUND_TRIPS, TEXTS
 
 from minillm import MiniLLMTokenizer
-from minillm.training.span_masking import corrupt
+from minillm.data.span_masking import corrupt
 
 
 @pytest.fixture(scope="module")

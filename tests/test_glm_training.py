@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from training_cases import VOCABULARY, counting_documents, losses, make_trainer, tiny_model
 
 from minillm import MiniLLMConfig
-from minillm.description import draw_mask
+from minillm.data import corrupt
 from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
 from minillm.evaluation.perplexity import token_nll
-from minillm.training import DataCollatorForGLM, corrupt, pack_dataset
+from minillm.publishing.description import draw_mask
+from minillm.training import DataCollatorForGLM, pack_dataset
 
 SCHEMES = {
     "glm_2d": {"position_embedding_type": "glm_2d", "position_table_size": 65},

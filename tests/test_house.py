@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import minillm
 from benchmarks.code import MOST_LINES, MOST_PARAMETERS, functions_of
+from minillm.publishing import hub
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,20 +39,42 @@ def test_file_names_are_unique_across_rooms():
     assert len(names) == len(set(names)), sorted(names)
 
 
+NAMES = [
+    "MiniLLMConfig",
+    "MiniLLMForCausalLM",
+    "MiniLLMForQuestionAnswering",
+    "MiniLLMForSequenceClassification",
+    "MiniLLMForTokenClassification",
+    "MiniLLMModel",
+    "MiniLLMPreTrainedModel",
+    "MiniLLMTokenizer",
+    "__version__",
+    "find_prompts",
+    "number_prompts",
+]
+ROOMS = ["configuration", "conversion", "data", "evaluation", "publishing", "tokenization", "training"]
+
+
 def test_public_names():
-    assert sorted(minillm.__all__) == [
-        "MiniLLMConfig",
-        "MiniLLMForCausalLM",
-        "MiniLLMForQuestionAnswering",
-        "MiniLLMForSequenceClassification",
-        "MiniLLMForTokenClassification",
-        "MiniLLMModel",
-        "MiniLLMPreTrainedModel",
-        "MiniLLMTokenizer",
-        "__version__",
-        "find_prompts",
-        "number_prompts",
-    ]
+    assert sorted(minillm.__all__) == dir(minillm) == sorted(NAMES + ROOMS)
+    with pytest.raises(AttributeError, match="MiniLLMForMaskedLM"):
+        _ = minillm.MiniLLMForMaskedLM
+
+
+def test_rooms_are_attributes_without_an_import_of_their_own():
+    code = f"import minillm\nprint([getattr(minillm, room).__name__ for room in {ROOMS}])"
+    assert in_fresh_process(code) == str([f"minillm.{room}" for room in ROOMS])
+
+
+def test_each_public_name_has_one_place():
+    """A class of the front door is exported by no room, and no name by two rooms."""
+    places = [(name, room) for room in ROOMS for name in getattr(minillm, room).__all__]
+    places += [(name, "minillm") for name in NAMES]
+    names = [name for name, _ in places]
+    assert len(names) == len(set(names)), sorted(place for place in places if names.count(place[0]) > 1)
+    for name, room in places:
+        home = minillm if room == "minillm" else getattr(minillm, room)
+        assert getattr(home, name) is not None
 
 
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM], ids=lambda cls: cls.__name__)
@@ -66,33 +89,75 @@ def in_fresh_process(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_import_is_light():
+HEAVY = {"torch", "transformers", "numpy", "peft", "datasets", "matplotlib", "trl", "lm_eval"}
+
+
+def test_import_and_command_load_no_heavy_package():
+    loaded = f"print(sorted(set({sorted(HEAVY)}) & set(sys.modules)))"
+    code = "import sys; import {}; from contextlib import suppress\n{}\n" + loaded
+    assert in_fresh_process(code.format("minillm", "minillm.__version__; dir(minillm)")) == "[]"
+    help_of = "with suppress(SystemExit):\n    minillm.cli.main.app({})"
+    for arguments in (["--help"], ["train", "--help"], ["tokenizer", "--help"]):
+        told = in_fresh_process(code.format("minillm.cli.main", help_of.format(arguments)))
+        assert "Usage" in told and told.splitlines()[-1] == "[]", arguments
+
+
+def test_using_a_model_loads_no_more_than_it_needs():
     code = (
         "import sys; from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; before = set(sys.modules)\n"
-        "import minillm; print(sorted({'peft', 'datasets', 'matplotlib', 'trl', 'lm_eval', 'rich', 'typer'} & "
+        "import minillm; minillm.MiniLLMForCausalLM; minillm.MiniLLMTokenizer\n"
+        "print(sorted({'peft', 'datasets', 'matplotlib', 'trl', 'lm_eval', 'rich', 'typer'} & "
         "(set(sys.modules) - before)))"
     )
     assert in_fresh_process(code) == "[]"
 
 
-@pytest.mark.parametrize("order", ["import minillm, peft", "import peft, minillm"])
-def test_peft_tables_are_filled_in_either_order(order):
+ORDERS = [
+    "import minillm, peft",
+    "import peft, minillm",
+    "from transformers import AutoModel; import minillm; import peft",
+    "import minillm; from transformers import AutoModel; import peft",
+    "import minillm; from transformers.models.llama import modeling_llama; import peft",
+    "import minillm; from transformers import PreTrainedConfig, pipeline; import peft",
+    "from minillm.configuration.configuration_minillm import MiniLLMConfig; import peft",
+    "from minillm.tokenization import extend_vocabulary; import peft",
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_everything_is_registered_in_any_order_of_imports(order):
     code = (
-        f"{order}\nimport peft.utils.constants as tables\n"
+        f"{order}\nimport sys; import peft.utils.constants as tables\n"
         "found = [(name, table) for name, table in vars(tables).items() if name.startswith('TRANSFORMERS_MODELS_TO')"
         " and isinstance(table, dict) and 'llama' in table]\n"
-        "print(len(found) > 20, all(table['minillm'] == table['llama'] for _, table in found))"
+        "print(len(found) > 20, all(table['minillm'] == table['llama'] for _, table in found))\n"
+        "from transformers import AutoModelForCausalLM, AutoConfig\n"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS\n"
+        "from transformers.models.auto import CONFIG_MAPPING, MODEL_MAPPING, TOKENIZER_MAPPING\n"
+        "config = CONFIG_MAPPING['minillm']\n"
+        "print(MODEL_MAPPING[config].__name__, 'minillm_blocks' in ALL_ATTENTION_FUNCTIONS)\n"
+        "print('MiniLLMTokenizer' in str(TOKENIZER_MAPPING[config]), config.save_pretrained.__code__.co_filename)\n"
+        "print([type(finder).__name__ for finder in sys.meta_path if 'AfterImport' in type(finder).__name__])\n"
+        "import inspect, transformers.modeling_layers as module\n"
+        "print(type(module.__loader__).__name__, type(module.__spec__.loader).__name__)\n"
     )
-    assert in_fresh_process(code) == "True True"
+    assert in_fresh_process(code).splitlines() == [
+        "True True",
+        "MiniLLMModel True",
+        f"True {hub.__file__}",
+        "[]",
+        "SourceFileLoader SourceFileLoader",
+    ]
 
 
 def test_too_old_transformers_is_refused_by_name():
-    code = (
-        "import transformers\ntransformers.__version__ = '5.0.0'\n"
-        "try:\n    import minillm\nexcept ImportError as error:\n    print(error)"
-    )
-    message = in_fresh_process(code)
-    assert "5.17" in message and "5.0.0" in message and "pip install" in message
+    for use in ("minillm.MiniLLMConfig", "from transformers import AutoModel"):
+        code = (
+            "import transformers\ntransformers.__version__ = '5.0.0'\nimport minillm\n"
+            f"try:\n    {use}\nexcept ImportError as error:\n    print(error)"
+        )
+        message = in_fresh_process(code)
+        assert "5.17" in message and "5.0.0" in message and "pip install" in message, use
 
 
 def test_version_is_one():

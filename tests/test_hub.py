@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import minillm
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.hub import AUTO_MAP, install
+from minillm.publishing.hub import AUTO_MAP, install
 
 
 def test_auto_map_names_every_public_model_class(tmp_path):

@@ -10,7 +10,7 @@ from hub_server import running_hub
 from huggingface_hub.errors import HfHubHTTPError
 from test_stranger import tiny, tokenizer
 
-from minillm.hub import create_branch
+from minillm.publishing.hub import create_branch
 
 LOAD = """
 import sys, os

@@ -9,8 +9,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils.output_capturing import OutputRecorder
 
 from minillm import MiniLLMForCausalLM, MiniLLMForQuestionAnswering, MiniLLMForSequenceClassification, MiniLLMModel
-from minillm.description import describe
 from minillm.loss import load_balancing_loss
+from minillm.publishing.description import describe
 
 MOE = {"mlp_type": "moe", "num_local_experts": 4, "router_aux_loss_coef": 0.3}
 SHARED = (

@@ -13,7 +13,7 @@ from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.configuration import PRESETS
 from minillm.conversion import detect
 from minillm.conversion.family import NOT_COMPARED
-from minillm.description import describe
+from minillm.publishing.description import describe
 
 FAMILIES = (
     "minillm gpt2 bloom falcon mpt llama baichuan baichuan2 mixtral glm-infilling glm-130b chatglm chatglm2 glm"

@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from minillm import MiniLLMTokenizer
-from minillm.training.sentence_ends import ListedEnds, SentenceEnds, special_ids
+from minillm.data.sentence_ends import ListedEnds, SentenceEnds, special_ids
 
 TEXT = (
     'Pi is 3.14 today. "Really?" he said. See self.name... Then (so it goes.) Next line\n'

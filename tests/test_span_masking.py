@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from glm_cases import EOP, MASK, SOP, naive_corruption
 
-from minillm.tokenization.glm_layout import lay_out_row
-from minillm.training.glm_collator import draws
-from minillm.training.span_masking import (
+from minillm.data.span_masking import (
     corrupt,
     document_span,
     most_spans,
@@ -19,6 +17,8 @@ from minillm.training.span_masking import (
     sentence_spans,
     token_spans,
 )
+from minillm.tokenization.glm_layout import lay_out_row
+from minillm.training.glm_collator import draws
 
 TOKENS = {"mask_token_id": MASK, "sop_token_id": SOP, "eop_token_id": EOP}
 LENGTHS = poisson_cdf(3.0)

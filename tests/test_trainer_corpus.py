@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from minillm.tokenization import MiniLLMTokenizer
-from minillm.training.corpus import (
+from minillm import MiniLLMTokenizer
+from minillm.data.corpus import (
     CorpusError,
     TextDocument,
     docstring_prose,

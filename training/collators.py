@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from minillm.prompts import find_prompts
-from minillm.training.documents import (
+from minillm.data.documents import (
     IGNORE_INDEX,
     Document,
     NothingToScoreError,
@@ -27,7 +26,8 @@ from minillm.training.documents import (
     read_prompts,
     read_scored,
 )
-from minillm.training.packing import best_fit_decreasing
+from minillm.data.packing import best_fit_decreasing
+from minillm.prompts import find_prompts
 
 logger = logging.get_logger(__name__)
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from minillm.training.collators import DataCollatorForCausalLM, uniform_draw
-from minillm.training.documents import IGNORE_INDEX, Piece, cut_by_documents
-from minillm.training.packing import best_fit_decreasing
-from minillm.training.sentence_ends import ListedEnds, SentenceEnds, id_table, look_up, special_ids
-from minillm.training.span_masking import (
+from minillm.data.documents import IGNORE_INDEX, Piece, cut_by_documents
+from minillm.data.packing import best_fit_decreasing
+from minillm.data.sentence_ends import ListedEnds, SentenceEnds, id_table, look_up, special_ids
+from minillm.data.span_masking import (
     Draw,
     GLMSample,
     corrupt,
@@ -23,6 +22,7 @@ from minillm.training.span_masking import (
     sentence_spans,
     token_spans,
 )
+from minillm.training.collators import DataCollatorForCausalLM, uniform_draw
 
 BLANKS = {"token": "mask_token_id", "sentence": "smask_token_id", "document": "gmask_token_id"}
 MIXTURE = {"token": 0.5, "sentence": 0.25, "document": 0.25}
@@ -43,7 +43,7 @@ class DataCollatorForGLM(DataCollatorForCausalLM):
     - "document": one span up to the last token, `document_fraction` of the document long, replaced by
       `gmask_token_id`.
 
-    See `minillm.training.span_masking` for the details and `corrupt` there for a worked example of the arrays.
+    See `minillm.data.span_masking` for the details and `corrupt` there for a worked example of the arrays.
 
     Called with n samples it returns a dict of int64 tensors [rows, length]: `input_ids`, each document as its text
     with blanks (Part A) and then the spans in random order, each after `sop_token_id` (Part B); `labels`, the spans'

@@ -18,10 +18,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
-from minillm.description import describe
-from minillm.folders import updated_folder
 from minillm.modeling_minillm import MiniLLMPreTrainedModel
 from minillm.publishing.bundle import write_bundles
+from minillm.publishing.description import describe
+from minillm.publishing.folders import updated_folder
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minillm.training.documents import IGNORE_INDEX
+from minillm.data.documents import IGNORE_INDEX
 
 Draw = Callable[[int], np.ndarray]
 

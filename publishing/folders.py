@@ -13,6 +13,7 @@ import ctypes
 import errno
 import filecmp
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 KNOWN = re.compile(
     r"(config|generation_config|adapter_config|tokenizer_config|tokenizer|special_tokens_map|added_tokens|vocab"

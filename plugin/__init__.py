@@ -1,0 +1,1 @@
+"""How MiniLLM enters transformers and PEFT: Auto classes, adapter targets, attention in blocks for any model."""
