@@ -226,15 +226,7 @@ class Demo:
 
     def new_model(self, fields: dict[str, Any]) -> MiniLLMForCausalLM:
         set_seed(self.settings.seed)
-        config = MiniLLMConfig(
-            **ARCHITECTURE,
-            **fields,
-            vocab_size=len(self.tokenizer),
-            bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        return MiniLLMForCausalLM(config)
+        return MiniLLMForCausalLM(MiniLLMConfig.for_tokenizer(self.tokenizer, **ARCHITECTURE, **fields))
 
     def train_variant(self, name: str, fields: dict[str, Any]) -> dict[str, Any]:
         if (result := self.done(name)) is not None:

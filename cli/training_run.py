@@ -131,8 +131,7 @@ def build_model(options: TrainOptions, tokenizer: Any) -> Any:
             raise ValueError(f"{options.model} holds a {model.config.model_type!r} model; only MiniLLM's are trained")
         return model
     overrides = {"max_position_embeddings": options.max_length} if options.max_length else {}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return MiniLLMForCausalLM(MiniLLMConfig.from_preset(options.preset, vocab_size=len(tokenizer), **ids, **overrides))
+    return MiniLLMForCausalLM(MiniLLMConfig.for_tokenizer(tokenizer, options.preset, **overrides))
 
 
 def choose_objective(options: TrainOptions, config: MiniLLMConfig) -> str:

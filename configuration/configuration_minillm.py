@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from packaging.version import parse
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from minillm.configuration.attention_fields import attention_conflicts
@@ -441,3 +442,29 @@ class MiniLLMConfig(PreTrainedConfig):
             hint = f" did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown preset {name!r};{hint} available: {', '.join(sorted(PRESETS))}")
         return cls(**{**copy.deepcopy(PRESETS[name].fields), **overrides})
+
+    @classmethod
+    def for_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerBase, preset: str | None = None, **fields: Any
+    ) -> "MiniLLMConfig":
+        """Builds the config of a model that uses this tokenizer: `vocab_size`, `bos_token_id`, `eos_token_id` and
+        `pad_token_id` are the tokenizer's.
+
+        Args:
+            tokenizer: a tokenizer of transformers.
+            preset: name of a preset to start from; left out: the defaults.
+            fields: other fields, and those of the four that are to differ, e.g. a `vocab_size` rounded up.
+
+        Raises:
+            ValueError: if `vocab_size` is given and has no room for all of the tokenizer's ids, or there is no such
+                preset.
+        """
+        needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+        if fields.get("vocab_size", needed) < needed:
+            raise ValueError(
+                f"`vocab_size={fields['vocab_size']}` has no room for the {needed} ids of the tokenizer: leave it "
+                f"out, or give at least {needed}"
+            )
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        fields = {"vocab_size": needed, **ids, **fields}
+        return cls(**fields) if preset is None else cls.from_preset(preset, **fields)

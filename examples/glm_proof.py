@@ -236,7 +236,8 @@ def build_model(name: str, tokenizer: Any, recipe: Recipe) -> MiniLLMForCausalLM
     if name == "glm_blanks":
         variant["rope_2d"] = True
     hidden_size = recipe.hidden_size
-    config = MiniLLMConfig(
+    config = MiniLLMConfig.for_tokenizer(
+        tokenizer,
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=recipe.layers,
@@ -249,10 +250,6 @@ def build_model(name: str, tokenizer: Any, recipe: Recipe) -> MiniLLMForCausalLM
         attention_qkv_bias=True,
         tie_word_embeddings=True,
         initializer_range=hidden_size**-0.5,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         **variant,
     )
     return MiniLLMForCausalLM(config)

@@ -34,16 +34,13 @@ def main(
     tokenizer = MiniLLMTokenizer.train_from_iterator(texts, vocab_size=512)
 
     set_seed(0)
-    config = MiniLLMConfig(
+    config = MiniLLMConfig.for_tokenizer(
+        tokenizer,
         hidden_size=hidden_size,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=length,
         tie_word_embeddings=True,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         **VARIANTS[variant],
     )
     model = MiniLLMForCausalLM(config)

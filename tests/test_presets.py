@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from published_configs import OTHERS, SHIPPED
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer
 from minillm.configuration import PRESETS
 from minillm.conversion import detect
 from minillm.conversion.family import NOT_COMPARED
@@ -152,3 +154,27 @@ def test_presets_that_train_on_a_laptop():
     minis = [name for name, preset in PRESETS.items() if preset.family == "minillm"]
     assert minis == ["minillm-causal-10m", "minillm-prefix-10m", "minillm-alibi-10m"]
     assert all(5e6 < count(name) < 15e6 for name in minis)
+
+
+def test_a_config_for_a_tokenizer_has_its_vocabulary_and_ids():
+    tokenizer = MiniLLMTokenizer.train_from_iterator(["one two"], vocab_size=300, show_progress=False)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assert None not in ids.values() and len(set(ids.values())) == 3
+    config = MiniLLMConfig.for_tokenizer(tokenizer, hidden_size=64, num_attention_heads=4)
+    assert config == MiniLLMConfig(vocab_size=len(tokenizer), hidden_size=64, num_attention_heads=4, **ids)
+    preset = MiniLLMConfig.for_tokenizer(tokenizer, preset="llama-2-7b", num_hidden_layers=3)
+    assert preset == MiniLLMConfig.from_preset("llama-2-7b", vocab_size=len(tokenizer), num_hidden_layers=3, **ids)
+    wider = MiniLLMConfig.for_tokenizer(tokenizer, vocab_size=320, pad_token_id=None)
+    assert (wider.vocab_size, wider.pad_token_id, wider.eos_token_id) == (320, None, tokenizer.eos_token_id)
+    few = len(tokenizer) - 1
+    with pytest.raises(ValueError, match=rf"`vocab_size={few}` has no room for the {len(tokenizer)} ids"):
+        MiniLLMConfig.for_tokenizer(tokenizer, vocab_size=few)
+    with pytest.raises(ValueError, match="unknown preset 'lama'"):
+        MiniLLMConfig.for_tokenizer(tokenizer, preset="lama")
+
+
+def test_a_config_for_a_tokenizer_with_unused_ids_has_room_for_all():
+    """Ids with a gap between them, and without special tokens: a word model by hand."""
+    words = Tokenizer(WordLevel({"one": 0, "two": 9}, unk_token="one"))
+    config = MiniLLMConfig.for_tokenizer(PreTrainedTokenizerFast(tokenizer_object=words), hidden_size=64)
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (10, None, None)
