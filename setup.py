@@ -18,6 +18,7 @@ PACKAGES = {
     "minillm.conversion": "conversion",
     "minillm.training": "training",
     "minillm.evaluation": "evaluation",
+    "minillm.experiments": "experiments",
     "minillm.cli": "cli",
 }
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "modeling_minillm" / "version.py").read_text("utf-8"), re.M)[1]

@@ -18,7 +18,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks import blocks, collators, conversion, growth, memory, packing, speed, startup, tokenizer
-from benchmarks.report import environment, load_average, markdown, write
+from benchmarks.report import facts, load_average, markdown, write
 from benchmarks.timing import CLOCKS, Options
 
 KINDS: dict[str, Callable[[Options], dict[str, Any]]] = {
@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     options = Options(given.steps, device, given.tiny, given.clock, given.minutes)
     results = {}
     for kind in KINDS if "all" in given.kinds else dict.fromkeys(given.kinds):
-        facts = environment(options)
+        before = facts(options)
         result = NOTHING if options.out_of_time() else KINDS[kind](options)
-        results[kind] = {"environment": {**facts, "load_after": load_average()}, **result}
+        results[kind] = {"environment": {**before, "load_after": load_average()}, **result}
         print(f"## {kind}\n\n{markdown(kind, results[kind])}", flush=True)
         if given.out is not None:
             write(given.out, kind, results[kind])

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minillm.experiments.reporting import new_figure, save_picture
+
 Result = dict[str, Any]
 
 COLOURS = {
@@ -13,16 +15,6 @@ COLOURS = {
     "prefix": "tab:orange",
     "alibi": "tab:green",
 }
-
-
-def new_figure(*panels: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure that needs no screen, and its axes [rows][columns]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(*panels, squeeze=False, **options)
 
 
 def colour_of(name: str) -> str | None:
@@ -54,7 +46,7 @@ def draw_comparisons(path: Path, comparisons: list[Result]) -> None:
         panel.set_xlabel(f"ratio of {rows[0]['quantity']}", fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
         panel.grid(axis="x", alpha=0.3)
-    figure.savefig(path)
+    save_picture(path, figure)
 
 
 def draw_memory(path: Path, rows: list[Result]) -> None:
@@ -73,7 +65,7 @@ def draw_memory(path: Path, rows: list[Result]) -> None:
         panel.margins(x=0.12)
         panel.set_xlabel("memory of a training step (GB)", fontsize=8)
         panel.set_title(what.rpartition(":")[0], fontsize=9)
-    figure.savefig(path)
+    save_picture(path, figure)
 
 
 def draw_axis(path: Path, axis: str, rows: list[Result]) -> None:
@@ -95,7 +87,7 @@ def draw_axis(path: Path, axis: str, rows: list[Result]) -> None:
         panel.set_title(label, fontsize=10)
         panel.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
-    figure.savefig(path)
+    save_picture(path, figure)
 
 
 def activity_of(row: Result) -> str:

@@ -7,20 +7,15 @@ writes the tables of the committed results into docs/performance.md.
 
 import json
 import os
-import platform
 import re
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy
-import tokenizers
 import torch
-import transformers
 
-import minillm
 from benchmarks.pictures import draw
 from benchmarks.timing import Options
+from minillm.experiments.reporting import amount, environment, markdown_table, number
 
 Result = dict[str, Any]
 
@@ -33,19 +28,9 @@ def load_average() -> list[float] | None:
     return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
-def environment(options: Options) -> dict[str, Any]:
+def facts(options: Options) -> dict[str, Any]:
     """What a figure depends on beside the code."""
-    facts = {
-        "date": date.today().isoformat(),
-        "minillm": minillm.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "tokenizers": tokenizers.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+    found = environment() | {
         "device": "cpu",
         "clock": options.clock,
         "steps": options.steps,
@@ -53,30 +38,8 @@ def environment(options: Options) -> dict[str, Any]:
         "load_before": load_average(),
     }
     if options.device == "cuda":
-        facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clock": "CUDA events"}
-    return facts
-
-
-def number(value: float) -> str:
-    """Three significant digits, thousands with commas."""
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - int(numpy.floor(numpy.log10(abs(value)))))
-    return f"{value:,.{digits}f}"
-
-
-def amount(value: float, unit: str) -> str:
-    """Seconds or bytes in a readable unit."""
-    scales = {"s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")), "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))}[
-        unit
-    ]
-    factor, name = next((scale for scale in scales if abs(value) >= scale[0]), scales[-1])
-    return f"{number(value / factor)} {name}"
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clock": "CUDA events"}
+    return found
 
 
 def comparison_table(comparisons: list[Result]) -> str:
@@ -89,7 +52,9 @@ def comparison_table(comparisons: list[Result]) -> str:
         ratio = f"{number(row['median'])} ({number(low)} to {number(high)})"
         met = {None: "", True: "yes", False: "no"}[row["met"]]
         rows.append((row["what"], row["contender"], row["baseline"], row["quantity"], ratio, target, met))
-    return table(("what", "contender", "against", "ratio of", "median (95 % interval)", "target", "met"), rows)
+    return markdown_table(
+        ("what", "contender", "against", "ratio of", "median (95 % interval)", "target", "met"), rows
+    )
 
 
 def row_table(rows: list[Result]) -> str:
@@ -100,7 +65,7 @@ def row_table(rows: list[Result]) -> str:
         interval, spread = (f"{amount(a, unit)} to {amount(b, unit)}" for a, b in ((low, high), (least, greatest)))
         speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
         lines.append((row["what"], row["contender"], amount(row["median"], unit), interval, spread, speed))
-    return table(("what", "contender", "median", "95 % interval", "spread", "tokens/s"), lines)
+    return markdown_table(("what", "contender", "median", "95 % interval", "spread", "tokens/s"), lines)
 
 
 def speed_table(rows: list[Result]) -> str:
@@ -108,7 +73,7 @@ def speed_table(rows: list[Result]) -> str:
     points = {(row["contender"], row["what"]): f"{row['tokens_per_second']:,.0f}" for row in rows}
     names, whats = (tuple(dict.fromkeys(key[index] for key in points)) for index in (0, 1))
     lines = [(name, *(points.get((name, what), "") for what in whats)) for name in names]
-    return table(("tokens per second", *whats), lines)
+    return markdown_table(("tokens per second", *whats), lines)
 
 
 def growth_tables(rows: list[Result]) -> str:
@@ -122,7 +87,7 @@ def growth_tables(rows: list[Result]) -> str:
             cells = (points.get((value, name)) for name in names)
             texts = ("" if p is None else f"{amount(p['median'], 's')}, {amount(p['peak_bytes'], 'B')}" for p in cells)
             lines.append((f"{value:,}", *texts))
-        parts.append(table((axis, *names), lines))
+        parts.append(markdown_table((axis, *names), lines))
     return "\n\n".join(parts)
 
 

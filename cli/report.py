@@ -1,13 +1,15 @@
 """The demo's report: a picture of the losses, a page of Markdown, and the same figures as JSON."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from minillm.cli.console import console, say
-from minillm.publishing.folders import new_file, write_atomically
+from minillm.experiments.reporting import markdown_table, new_figure, save_picture, write_figures
+from minillm.publishing.folders import write_atomically
+
+COLUMNS = ("model", "held-out perplexity", "tokens scored")
 
 
 def write_report(
@@ -22,10 +24,10 @@ def write_report(
         "lora": without_curve(report["lora"]),
         "settings": settings,
     }
-    write_atomically(out / "report.json", json.dumps(figures, indent=2) + "\n")
+    write_figures(out / "report.json", figures)
     rows = table_rows(figures)
     write_atomically(out / "report.md", markdown(rows, figures["lora"], texts, settings, seconds))
-    table = Table("model", "held-out perplexity", "tokens scored")
+    table = Table(*COLUMNS)
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -69,9 +71,7 @@ def markdown(
         "",
         f"Settings: {', '.join(f'{key} {value}' for key, value in named.items())}. It took {seconds:.0f} s.",
         "",
-        "| model | held-out perplexity | tokens scored |",
-        "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        markdown_table(COLUMNS, rows),
         "",
         "A prefix model sees its prefix in both directions, so only tokens after the prefix are scored; the baselines",
         "beside it score the same tokens.",
@@ -94,18 +94,10 @@ def markdown(
 
 def draw_curves(path: Path, curves: dict[str, list[tuple[int, float]]]) -> None:
     """Loss against step, one line a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    figure, ((axes,),) = new_figure(size=(7, 4))
     for name, points in curves.items():
         axes.plot([step for step, _ in points], [loss for _, loss in points], label=name)
     axes.set(xlabel="step", ylabel="training loss (nats per token)", title="MiniLLM demo")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    with new_file(path) as partial:
-        figure.savefig(partial)
-    pyplot.close(figure)
+    save_picture(path, figure)

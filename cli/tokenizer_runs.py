@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from minillm.cli.console import console, say
 from minillm.cli.loading import load_model, load_pretrained
 from minillm.data import TextDocument, load_corpus
-from minillm.publishing.folders import new_file, new_folder, reserved, write_atomically
+from minillm.experiments.reporting import markdown_table, new_figure, save_picture, write_figures
+from minillm.publishing.folders import new_folder, reserved, write_atomically
 from minillm.tokenization import FertilityReport, extend_vocabulary, measure_fertility
 
 FERTILITY_COLUMNS = (
@@ -115,7 +116,8 @@ def read_corpus(paths: list[Path]) -> list[TextDocument]:
     return [document for path in paths for document in load_corpus(path)]
 
 
-def number(value: float | None, form: str) -> str:
+def share(value: float | None, form: str) -> str:
+    """A rate, or a dash where there is nothing to count."""
     return "–" if value is None else format(value, form)
 
 
@@ -131,8 +133,8 @@ def fertility_rows(reports: list[FertilityReport]) -> list[list[str]]:
             rows.append(
                 [bucket, report.name]
                 + [f"{value:,}" for value in (counts.tokens, counts.characters, counts.words)]
-                + [number(value, ".3f") for value in quotients]
-                + [number(value, ".2%") for value in shares]
+                + [share(value, ".3f") for value in quotients]
+                + [share(value, ".2%") for value in shares]
             )
     return rows
 
@@ -141,7 +143,7 @@ def vocabulary_rows(reports: list[FertilityReport]) -> list[list[str]]:
     """Rows under `VOCABULARY_COLUMNS`."""
     uses = [(report.name, report.vocabulary) for report in reports]
     return [
-        [name, f"{use.size:,}", f"{use.pieces:,}", f"{use.used:,}", number(use.share_used, ".1%"), f"{use.never:,}"]
+        [name, f"{use.size:,}", f"{use.pieces:,}", f"{use.used:,}", share(use.share_used, ".1%"), f"{use.never:,}"]
         + [f"{use.rare:,} (below {use.threshold})"]
         for name, use in uses
     ]
@@ -153,12 +155,12 @@ def write_files(out: Path, reports: list[FertilityReport], corpus: list[Path]) -
     write_atomically(out / "report.md", markdown(reports, corpus))
     draw(out / "report.png", reports)
     figures = {"corpus": [str(path) for path in corpus], "tokenizers": [report.to_dict() for report in reports]}
-    write_atomically(out / "report.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    write_figures(out / "report.json", figures)
 
 
 def markdown(reports: list[FertilityReport], corpus: list[Path]) -> str:
     lines = [TITLE, "", f"Corpus: {', '.join(f'`{path}`' for path in corpus)}.", ""]
-    lines += [*markdown_table(FERTILITY_COLUMNS, fertility_rows(reports)), ""]
+    lines += [markdown_table(FERTILITY_COLUMNS, fertility_rows(reports)), ""]
     lines += [
         "Languages are told apart line by line, by letters; code by the names of files. A word is what stands",
         "between blanks and holds a letter or digit, and each Chinese character. *Bytes alone*: tokens that hold a",
@@ -168,7 +170,7 @@ def markdown(reports: list[FertilityReport], corpus: list[Path]) -> str:
         "",
         "## Vocabulary",
         "",
-        *markdown_table(VOCABULARY_COLUMNS, vocabulary_rows(reports)),
+        markdown_table(VOCABULARY_COLUMNS, vocabulary_rows(reports)),
         "",
         "Special and added tokens and single bytes are not among the pieces.",
         "",
@@ -180,19 +182,10 @@ def markdown(reports: list[FertilityReport], corpus: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [list(columns), ["---"] * len(columns), *cells]]
-
-
 def draw(path: Path, reports: list[FertilityReport]) -> None:
     """Tokens per character of each language, and how often the pieces are used, the most frequent first."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (bars, curve) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=120)
+    figure, axes = new_figure(columns=2, size=(10, 4))
+    bars, curve = axes[0]
     width = 0.8 / len(reports)
     buckets = [*reports[0].buckets, "all"]
     for index, report in enumerate(reports):
@@ -207,7 +200,4 @@ def draw(path: Path, reports: list[FertilityReport]) -> None:
     curve.set(xlabel="piece, by frequency", ylabel="occurrences", title="Use of the vocabulary")
     curve.grid(alpha=0.3)
     bars.legend(fontsize=8)
-    figure.tight_layout()
-    with new_file(path) as partial:
-        figure.savefig(partial)
-    pyplot.close(figure)
+    save_picture(path, figure)

@@ -1,0 +1,1 @@
+"""Studies and what they leave behind: tables, pictures and figures of a measurement."""
