@@ -52,7 +52,7 @@ def facts_of(name):
 
 
 def texts_of(name, behind=(4, 2, 3)):
-    """Three texts of different lengths; where they have a blank, the last `behind` tokens are the start and what fills it."""
+    """Three texts of different lengths; `behind` of their tokens are the start of a blank and what fills it."""
     generator = torch.Generator().manual_seed(5)
     texts = []
     for length, fill in zip(LENGTHS, behind, strict=True):
