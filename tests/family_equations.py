@@ -30,20 +30,22 @@ LOOKS_BOTH_WAYS = (*SECOND_AXIS, "glm-130b")
 
 
 class Text(NamedTuple):
-    """Token ids, how many of them see one another in both directions, and their places on both axes."""
+    """Token ids, how many of them see one another in both directions, and their places on both axes.
+
+    Without places a token's is its index. `counts` says whether what fills a blank counts on the first axis too.
+    """
 
     ids: list[int]
     prefix: int = 0
     first: list[int] | None = None
     second: list[int] | None = None
+    counts: bool = False
 
     def then(self, token):
-        """With a token more: on two axes it stands still on the first and counts on the second."""
         if self.first is None:
             return self._replace(ids=[*self.ids, token])
-        return Text(
-            [*self.ids, token], self.prefix, [*self.first, self.first[-1]], [*self.second, self.second[-1] + 1]
-        )
+        first, second = [*self.first, self.first[-1] + self.counts], [*self.second, self.second[-1] + 1]
+        return self._replace(ids=[*self.ids, token], first=first, second=second)
 
 
 def blank_text(ids, blank, start, counts=False):
@@ -51,7 +53,7 @@ def blank_text(ids, blank, start, counts=False):
     at, place = ids.index(start), ids.index(blank)
     behind = len(ids) - at
     first = list(range(len(ids))) if counts else [*range(at), *[place] * behind]
-    return Text(ids, at, first, [0] * at + list(range(1, behind + 1)))
+    return Text(ids, at, first, [0] * at + list(range(1, behind + 1)), counts)
 
 
 # --- checkpoints ---
@@ -241,7 +243,7 @@ def chatglm(self, text):
 
 
 def glm_130b(self, text):
-    """arXiv 2210.02414, section 2.2; no code for its checkpoints can be had."""
+    """arXiv 2210.02414, section 2.2; one axis, on which a text after [gMASK] counts on."""
     table = self.weights["transformer.word_embeddings.weight"]
     embedded = table[text.ids]
     h = 0.1 * embedded + 0.9 * embedded.detach()
@@ -250,7 +252,8 @@ def glm_130b(self, text):
         up, gate = x.chunk(2, dim=-1)
         return up * gelu(gate)
 
-    return linear(normalised_stream(self, text, h, lambda x: turn(x, range(len(text.ids))), feed_forward), table)
+    places = text.first or range(len(text.ids))
+    return linear(normalised_stream(self, text, h, lambda x: turn(x, places), feed_forward), table)
 
 
 FORWARD = {

@@ -165,8 +165,24 @@ def test_32_tokens_of_a_batch_with_padding(name, use_cache, models):
     """Prompts end at the start token; each token and the logits that it was taken from."""
     equations, model, _ = models(name)
     behind = (1, 1, 1) if name in SECOND_AXIS else (0, 0, 0)
-    texts = texts_of(name, behind)
-    batch = batch_of(texts, "left", name)
+    assert_continues(equations, model, texts_of(name, behind), use_cache)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_32_tokens_of_glm_130b_behind_its_marks(use_cache, models, monkeypatch):
+    """What fills [MASK] stands where that is, what goes on after [gMASK] counts on."""
+    equations, model, _ = models("glm-130b")
+    for key, token in {"mask_token_id": 124, "gmask_token_id": 125, "sop_token_id": 126}.items():
+        monkeypatch.setattr(model.config, key, token)
+    texts = [
+        blank_text([9, 31, 124, 40, 57, 12, 66, 126], blank=124, start=126),
+        blank_text([17, 23, 80, 125, 126], blank=125, start=126, counts=True),
+    ]
+    assert_continues(equations, model, texts, use_cache)
+
+
+def assert_continues(equations, model, texts, use_cache):
+    batch = batch_of(texts, "left", None)
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     answer = model.generate(
         batch["input_ids"],
