@@ -38,6 +38,35 @@ def test_file_names_are_unique_across_rooms():
     assert len(names) == len(set(names)), sorted(names)
 
 
+# What stands in one line knows nothing of another in it, nor of those above.
+FLOORS = (
+    ("cli",),
+    ("evaluation", "conversion"),
+    ("training",),
+    ("modeling_minillm",),
+    ("configuration", "tokenization"),
+)
+# The version is everybody's; `python -m minillm` is a door to the command.
+NOT_COUNTED = {"minillm.version", "minillm.cli.main"}
+
+
+def test_arrows_between_rooms_run_one_way():
+    folder_of = setup_dict()
+    floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    assert set(floor_of) == set(folder_of.values())
+    wrong = []
+    for room in floor_of:
+        for path in sorted((ROOT / room).glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("minillm"):
+                    continue
+                package = ".".join(node.module.split(".")[:2])
+                imported = folder_of.get(package, "modeling_minillm")
+                if imported != room and floor_of[imported] <= floor_of[room] and node.module not in NOT_COUNTED:
+                    wrong.append(f"{path.name}: {node.module}")
+    assert wrong == []
+
+
 def test_public_names():
     assert sorted(minillm.__all__) == [
         "MiniLLMConfig",
