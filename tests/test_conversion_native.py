@@ -61,6 +61,15 @@ def test_logits(name, folders):
         assert_close(found, expected, "padded")
 
 
+def test_without_falcons_rounding_its_logits_are_missed(folders):
+    """As the pages say; BLOOM rounds in its own dtype, which is no loss in float32."""
+    native, folder = folders("falcon_alibi_twelve_heads")
+    ids = prompts()[0]
+    expected = logits_of(native, input_ids=ids)
+    exact = load(folder, alibi_rounding="none").eval()
+    assert 1e-4 < (logits_of(exact, input_ids=ids) - expected).abs().max() < 0.1
+
+
 @each_case
 def test_gradients(name, folders):
     """Those of the loss, brought into MiniLLM's names by the very rules that bring the weights."""
