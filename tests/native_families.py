@@ -61,6 +61,8 @@ CASES = {
         FALCON | {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1},
     ),
     "falcon_rw": ("falcon", FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    # Slopes that are no powers of two: those of the others survive Falcon's rounding to bfloat16.
+    "falcon_alibi_twelve_heads": ("falcon", FALCON | {"alibi": True, "num_attention_heads": 12, "bias": True}),
     "falcon_alibi_parallel": ("falcon", FALCON | {"alibi": True, "tie_word_embeddings": False, "bias": True}),
     "mpt_odd_heads": ("mpt", MPT),
     "mpt_untied_eight_heads": ("mpt", MPT | {"n_heads": 8, "tie_word_embeddings": False}),

@@ -1,6 +1,8 @@
 """`attn_implementation="minillm_blocks"` of transformers' own models, against their eager attention."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,6 +371,26 @@ def test_a_model_that_sdpa_cannot_serve_is_refused(model_type, length):
         model(tokens(length=length))
     with pytest.raises(Exception, match="cannot serve the model of"):
         torch.compile(model, backend="eager", fullgraph=True)(tokens(length=length))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("falcon", {"num_hidden_layers": 1, "num_attention_heads": 4}),
+        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}),
+    ],
+)
+def test_a_model_that_looks_its_classes_up_by_back_end_fails_as_it_is_made(model_type, sizes):
+    config = CONFIG_MAPPING[model_type](vocab_size=64, hidden_size=32, bos_token_id=1, eos_token_id=2, **sizes)
+    with pytest.raises(KeyError, match=BLOCKS):
+        AutoModel.from_config(config, attn_implementation=BLOCKS)
+
+
+def test_the_page_names_every_family_that_is_tested():
+    page = " ".join((Path(__file__).parents[1] / "docs" / "blocks.md").read_text("utf-8").split())
+    listed = page.partition("That is tested](../tests/test_blocks_any_model.py) on ")[2].partition(", packed,")[0]
+    names = {re.sub(r" \(.*\)|'s chunks|[ -]", "", name).lower() for name in re.split(r", | and ", listed)}
+    assert names == {family.partition(" ")[0].replace("_", "") for family in FAMILIES}
 
 
 @pytest.mark.parametrize("length", [20, LENGTH])

@@ -1,6 +1,7 @@
 """The causal collator: packing, labels, validation. Expected arrays are written by hand or built by a plain loop."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,18 +164,30 @@ def test_padding_of_batches_stays_under_five_percent():
 
 
 def test_padding_is_as_documented():
-    """Lengths drawn evenly: the worst of the four distributions in docs/training.md."""
+    """The table of docs/training.md, over four distributions of lengths."""
     rng = random.Random(1)
-    documents = [[1] * rng.randint(2, 256) for _ in range(4096)]
-    tokens = sum(map(len, documents))
+    kinds = [[rng.randint(2, 256) for _ in range(4096)]]
+    for mean in (3.0, 4.0, 5.0):
+        kinds.append([min(256, max(2, int(rng.lognormvariate(mean, 1.0)))) for _ in range(4096)])
 
-    def padding(size):
-        starts = range(0, len(documents), size)
-        rows = sum(len(best_fit_decreasing(list(map(len, documents[at : at + size])), 256)) for at in starts)
-        return 1 - tokens / (256 * rows)
+    def padding(lengths, size, packing=True):
+        collator = causal(max_length=256, packing=packing)
+        slots = 0
+        for at in range(0, len(lengths), size):
+            slots += collator([{"input_ids": [1] * length} for length in lengths[at : at + size]])["input_ids"].numel()
+        return 100 * (1 - sum(lengths) / slots)
 
-    assert padding(len(documents)) < 0.015
-    assert 0.02 < padding(256) < 0.05 < padding(32) < 0.12
+    rows = {
+        "not packed, batches of 32": (32, False),
+        "packed inside batches of 32": (32,),
+        "packed inside batches of 128": (128,),
+        "256 documents packed beforehand": (256,),
+        "4096 documents packed beforehand": (4096,),
+    }
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text("utf-8")
+    for name, how in rows.items():
+        found = [padding(lengths, *how) for lengths in kinds]
+        assert f"| {name} | {min(found):.2g} to {max(found):.2g} % |" in page, (name, found)
 
 
 def test_best_fit_takes_the_fullest_row_that_has_room():

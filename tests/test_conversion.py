@@ -133,68 +133,6 @@ def test_a_revision_of_what_is_here_is_refused(llama):
         load(llama[1], revision="dev")
 
 
-def test_glm_130b_against_its_equations(tmp_path):
-    """No code for its checkpoints can be had; the forward is written down here from the paper's section 2.2."""
-    raw = {"model_type": "glm-130b", "num_layers": 3, "hidden_size": 24, "inner_hidden_size": 40, "vocab_size": 32}
-    raw |= {"num_attention_heads": 3, "max_sequence_length": 16, "layernorm_epsilon": 1e-5}
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: 0.3 * torch.randn(*shape, generator=generator)  # noqa: E731
-    weights = {"transformer.word_embeddings.weight": draw(32, 24)}
-    for i in range(3):
-        sizes = {"attention.query_key_value": (72, 24), "attention.dense": (24, 24)}
-        sizes |= {"mlp.dense_h_to_4h": (80, 24), "mlp.dense_4h_to_h": (24, 40)}
-        for name, (rows, columns) in sizes.items():
-            weights[f"transformer.layers.{i}.{name}.weight"] = draw(rows, columns)
-            weights[f"transformer.layers.{i}.{name}.bias"] = draw(rows)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"transformer.layers.{i}.{name}.weight"] = 1 + draw(24)
-            weights[f"transformer.layers.{i}.{name}.bias"] = draw(24)
-    weights["transformer.final_layernorm.weight"], weights["transformer.final_layernorm.bias"] = 1 + draw(24), draw(24)
-    folder = tmp_path / "native"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(raw), "utf-8")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    model = load(folder).eval()
-    prefix = torch.tensor([[1, 1, 1, 0, 0, 0]])
-    with torch.no_grad():
-        found = model(IDS.clamp(max=31), prefix_mask=prefix).logits[0]
-    torch.testing.assert_close(found, glm_130b(weights, IDS[0].clamp(max=31), 3), atol=1e-5, rtol=0)
-    model.save_pretrained(tmp_path / "ours")
-    export(tmp_path / "ours", tmp_path / "back", "glm-130b")
-    back = load_file(tmp_path / "back" / "model.safetensors")
-    assert back.keys() == weights.keys() and all(torch.equal(back[key], weights[key]) for key in weights)
-
-
-def glm_130b(weights, ids, prefix):
-    layers, heads, width = 3, 3, 24
-    alpha, linear = (2 * layers) ** 0.5, torch.nn.functional.linear
-    part = lambda name: (weights[f"transformer.{name}.weight"], weights[f"transformer.{name}.bias"])  # noqa: E731
-    norm = lambda h, name: torch.nn.functional.layer_norm(h, (width,), *part(name), eps=1e-5)  # noqa: E731
-    hidden = weights["transformer.word_embeddings.weight"][ids]
-    at = torch.arange(len(ids))
-    seen = (at[None] <= at[:, None]) | ((at[None] < prefix) & (at[:, None] < prefix))
-    angles = at[:, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
-    cos, sin = angles.cos(), angles.sin()
-
-    def turn(x):
-        return torch.cat((x[:, :4] * cos - x[:, 4:] * sin, x[:, 4:] * cos + x[:, :4] * sin), dim=-1)
-
-    for i in range(layers):
-        x = norm(hidden, f"layers.{i}.input_layernorm")
-        fused = linear(x, *part(f"layers.{i}.attention.query_key_value"))
-        outputs = []
-        for head in range(heads):
-            q, k, v = fused[:, head * 24 : (head + 1) * 24].split(8, dim=-1)
-            scores = (turn(q) @ turn(k).T / 8**0.5).masked_fill(~seen, -torch.inf)
-            outputs.append(scores.softmax(-1) @ v)
-        hidden = alpha * x + linear(torch.cat(outputs, dim=-1), *part(f"layers.{i}.attention.dense"))
-        y = norm(hidden, f"layers.{i}.post_attention_layernorm")
-        first, second = linear(y, *part(f"layers.{i}.mlp.dense_h_to_4h")).chunk(2, dim=-1)
-        gated = first * torch.nn.functional.gelu(second)
-        hidden = alpha * y + linear(gated, *part(f"layers.{i}.mlp.dense_4h_to_h"))
-    return norm(hidden, "final_layernorm") @ weights["transformer.word_embeddings.weight"].T
-
-
 # --- what comes along ---
 
 

@@ -52,11 +52,22 @@ def test_logits(name, folders):
     ids, mask = prompts()
     expected = logits_of(native, input_ids=ids)
     assert_close(logits_of(model, input_ids=ids), expected, "plain")
-    # Stock GPT-2 counts padding as well, unless it is told the positions.
-    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if name.startswith("gpt2") else {}
-    expected = logits_of(native, input_ids=ids, attention_mask=mask, **positions)[mask.bool()]
-    found = logits_of(model, input_ids=ids, attention_mask=mask)[mask.bool()]
-    assert_close(found, expected, "padded")
+    # Padding on the left, then on the right.
+    for padded, keep in ((ids, mask), (ids.flip(1), mask.flip(1))):
+        # Stock GPT-2 counts padding as well, unless it is told the positions.
+        positions = {"position_ids": (keep.cumsum(-1) - 1).clamp(min=0)} if name.startswith("gpt2") else {}
+        expected = logits_of(native, input_ids=padded, attention_mask=keep, **positions)[keep.bool()]
+        found = logits_of(model, input_ids=padded, attention_mask=keep)[keep.bool()]
+        assert_close(found, expected, "padded")
+
+
+def test_without_falcons_rounding_its_logits_are_missed(folders):
+    """As the pages say; BLOOM rounds in its own dtype, which is no loss in float32."""
+    native, folder = folders("falcon_alibi_twelve_heads")
+    ids = prompts()[0]
+    expected = logits_of(native, input_ids=ids)
+    exact = load(folder, alibi_rounding="none").eval()
+    assert 1e-4 < (logits_of(exact, input_ids=ids) - expected).abs().max() < 0.1
 
 
 @each_case

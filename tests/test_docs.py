@@ -14,7 +14,9 @@ from hub_server import running_hub
 from minillm import MiniLLMConfig
 from minillm.publishing.description import draw_mask
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
 DRAWING = re.compile(r"<!-- mask: (\{[^\n]*\}) -->\n```text\n(.*?)```", re.S)
 DRAWINGS = DRAWING.findall((DOCS / "variants.md").read_text("utf-8"))
 PER_TOKEN = ("attention_mask", "prefix_mask", "document_ids")
@@ -38,6 +40,31 @@ def test_all_drawings_are_checked_and_differ():
 def test_a_drawing_can_be_checked_by_hand():
     config = MiniLLMConfig(attention_type="prefix", sliding_window=2)
     assert draw_mask(config, 4, prefix_mask=torch.tensor([[1, 1, 1, 0]])) == "■ ■ ■ ·\n■ ■ ■ ·\n■ ■ ■ ·\n· · ■ ■"
+
+
+def anchors_of(page):
+    """Headings as GitHub names them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+    headings = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in re.findall(r"^#+ (.*)$", text, re.M))
+    return {heading.strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_named_files_are_there(page):
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors_of(linked), target
+    # A page that is run leaves files of its own.
+    rooms = (
+        "benchmarks|cli|configuration|conversion|docs|evaluation|examples|modeling_minillm|tests|tokenization|training"
+    )
+    for named in re.findall(rf"`((?:{rooms})/[\w/.*-]+\.\w+)`", text):
+        assert list(ROOT.glob(named)), named
 
 
 @pytest.mark.parametrize("page", ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks"])

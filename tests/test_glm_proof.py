@@ -15,6 +15,8 @@ from cli_cases import small_tokenizer, write_corpus
 from fill_cases import EOP, GMASK, MASK, WordTokenizer, fill_model, next_log_probabilities
 from matrix_cases import VOCAB, loud_model, tiny_config
 
+from minillm import MiniLLMTokenizer
+
 SCRIPT = Path(__file__).parent.parent / "examples" / "glm_proof.py"
 FIRST_WORD = 7
 
@@ -226,6 +228,15 @@ def test_models_start_from_the_same_weights_and_see_the_same_rows_in_the_same_or
     for own in weights.values():
         assert own.keys() == weights["causal"].keys()
         assert all(torch.equal(own[key], value) for key, value in weights["causal"].items())
+
+
+def test_all_models_have_as_many_parameters_as_the_page_says():
+    texts = ["def abc(x):\n    return x + ghi[0]\n" * 40]
+    tokenizer = MiniLLMTokenizer.train_from_iterator(texts, vocab_size=272, show_progress=False)
+    page = (SCRIPT.parents[1] / "docs" / "infilling.md").read_text("utf-8")
+    recipe = proof.Recipe(6000, 64, 2, 64, 0.3, 10.0, {})
+    counts = {proof.build_model(name, tokenizer, recipe).num_parameters() for name in proof.MODELS}
+    assert [f"{count:,} parameters" in " ".join(page.split()) for count in counts] == [True]
 
 
 def test_the_script_runs_and_leaves_figures_and_a_picture(tmp_path):

@@ -240,6 +240,13 @@ def test_an_adapter_on_the_head_is_refused(name):
         peft.get_peft_model(normed_model(), config)
 
 
+def test_osf_passes_over_the_head():
+    config = peft.OSFConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
+    adapted = peft.get_peft_model(normed_model(), config)
+    assert [name for name, _ in adapted.named_parameters() if "lm_head" in name] == ["base_model.model.lm_head.weight"]
+    assert any("q_proj" in name and "osf" in name for name, _ in adapted.named_parameters())
+
+
 @pytest.mark.parametrize("name", ["lora", "target_parameters"])
 def test_the_refusal_says_what_to_do(name):
     kind, arguments = ADAPTERS[name]

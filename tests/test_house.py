@@ -54,6 +54,38 @@ NAMES = [
 ]
 ROOMS = ["configuration", "conversion", "data", "evaluation", "publishing", "tokenization", "training"]
 
+# What stands in one line knows nothing of another in it, nor of those above.
+FLOORS = (
+    ("cli",),
+    ("experiments",),
+    ("evaluation", "conversion"),
+    ("training",),
+    ("data",),
+    ("plugin",),
+    ("publishing",),
+    ("modeling_minillm",),
+    ("configuration", "tokenization"),
+)
+
+
+def test_arrows_between_rooms_run_one_way():
+    folder_of = setup_dict()
+    floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    assert set(floor_of) == set(folder_of.values())
+    wrong = []
+    for room in floor_of:
+        for path in sorted((ROOT / room).glob("*.py")):
+            if room == "modeling_minillm" and path.stem in ("__init__", "__main__"):
+                continue  # Doors: to everything, and to the command.
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("minillm"):
+                    continue
+                package = ".".join(node.module.split(".")[:2])
+                imported = folder_of.get(package, "modeling_minillm")
+                if imported != room and floor_of[imported] <= floor_of[room] and node.module != "minillm.version":
+                    wrong.append(f"{path.name}: {node.module}")
+    assert wrong == []
+
 
 def test_public_names():
     assert sorted(minillm.__all__) == dir(minillm) == sorted(NAMES + ROOMS)

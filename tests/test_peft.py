@@ -228,7 +228,7 @@ NEW_TOKENS = {
     "modules_to_save": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "lora_on_embedding": {"target_modules": ["embed_tokens", "q_proj", "v_proj"]},
 }
-# LoRA on tied embeddings is left out: PEFT merges it into the shared weight twice, for any model.
+# LoRA on tied embeddings is left out: PEFT merges it into the shared weight, for any model.
 NEW_TOKEN_CASES = [
     ("trainable_token_indices", True),
     ("trainable_token_indices", False),
@@ -270,6 +270,19 @@ def test_new_tokens_with_lora_survive_a_merge(way, variant, tied, tmp_path):
     if way == "trainable_token_indices":
         assert spread(new[:VOCABULARY], old[:VOCABULARY]) == 0.0
     assert (published.lm_head.weight is published.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_peft_itself_merges_into_both_of_two_tied_tables(target):
+    """Which the pages warn of; `minillm export --adapter` unties the two first."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=[target], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("causal", tie_word_embeddings=True), config).eval()
+    batch = batch_for("causal")
+    found = logits(model, batch)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    assert spread(logits(merged, batch), found) > 0.01
 
 
 def test_two_adapters_are_kept_apart():

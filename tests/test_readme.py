@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hub_server import running_hub
 
 from minillm import MiniLLMConfig
 from minillm.capabilities import DIRECTIONS, refusal
+from minillm.configuration.rope_fields import ROPE_KEYS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -99,3 +101,16 @@ def test_examples_run_and_print_what_is_written(tmp_path):
 def test_fields_named_in_the_settings_table_exist(field):
     for name in re.findall(r"`(\w+)`", field):
         assert name in MiniLLMConfig.__dataclass_fields__, name
+
+
+CHOICES = ("attention_type", "position_embedding_type", "rope_parameters", "norm_type", "norm_placement", "mlp_type")
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_the_settings_table_names_every_value(field):
+    row = next(line for line in README.splitlines() if line.startswith("| ") and f"`{field}`" in line)
+    named = re.findall(r"`(\w+)`", row.split(" | ")[2])
+    there = ROPE_KEYS if field == "rope_parameters" else get_args(MiniLLMConfig.__dataclass_fields__[field].type)
+    assert there and set(there) <= set(named)
+    # A row with one choice names nothing else.
+    assert field in ("norm_type", "norm_placement") or sorted(there) == sorted(named)
