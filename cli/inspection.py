@@ -4,27 +4,22 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Column, Table
 from transformers import AutoConfig
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm import MiniLLMConfig
 from minillm.capabilities import DIRECTIONS, KINDS, features_of, refusal
 from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
 from minillm.configuration.presets import PRESETS
+from minillm.experiments.cost import read_cost
+from minillm.experiments.reporting import amount, number
 from minillm.folded_alibi import is_foldable
 from minillm.fused_loss import find_liger
 from minillm.position_schemes import POSITION_BIASES
 from minillm.publishing.description import describe
 from minillm.tuning import tuning
-
-
-def count_parameters(config: MiniLLMConfig) -> int:
-    """Parameters of the causal language model, counted on the meta device (tied ones once)."""
-    with torch.device("meta"):
-        return MiniLLMForCausalLM(config).num_parameters()
 
 
 def print_presets(family: str | None = None) -> None:
@@ -49,7 +44,7 @@ def print_presets(family: str | None = None) -> None:
                 config = MiniLLMConfig.from_preset(name)
                 shape = f"{config.num_hidden_layers} x {config.hidden_size}"
                 words = f"{preset.description} ({preset.source})"
-                table.add_row(name, f"{count_parameters(config):,}", shape, escape(words))
+                table.add_row(name, f"{read_cost(config).parameters:,}", shape, escape(words))
         console.print(table)
 
 
@@ -69,9 +64,23 @@ def find_config(name: str) -> MiniLLMConfig:
     return config
 
 
-def cache_bytes_per_token(config: MiniLLMConfig, bytes_per_value: int = 2) -> int:
-    """Bytes that one token of one sequence takes in the key/value cache, in a 16-bit type by default."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
+def cost_words(config: MiniLLMConfig) -> dict[str, str]:
+    """Sizes and costs, topic by topic."""
+    cost = read_cost(config)
+    if cost.cache_bytes:
+        # What a Trainer switches off while it trains says nothing about the model.
+        cached = f"yes: {cost.cache_bytes:,} bytes a token in 16 bits"
+        cached += "" if config.use_cache else "; ask for it, as in `generate(use_cache=True)`: the config has it off"
+    else:
+        cached = "no: a bidirectional model does not generate"
+    weights, training = amount(2 * cost.parameters, "B"), amount(cost.training_bytes, "B")
+    token, key = (f"{number(flops / 1e6)} million" for flops in (cost.forward_flops(), cost.attention_flops))
+    return {
+        "parameters": f"{cost.parameters:,}, {cost.embeddings:,} of them in tables of embeddings",
+        "memory": f"{weights} of weights in 16 bits; training with AdamW in 32 bits: {training} and activations",
+        "operations": f"{token} a token forward, and {key} for each token it looks at; in training three times that",
+        "cache": cached,
+    }
 
 
 def fast_paths(config: MiniLLMConfig) -> dict[str, str]:
@@ -119,6 +128,15 @@ def refusal_reasons(config: MiniLLMConfig, implementation: str) -> list[str]:
     return list(dict.fromkeys(reason for reason in found if reason))
 
 
+def back_ends(config: MiniLLMConfig) -> list[tuple[list[str], tuple[str, str, str]]]:
+    """Back ends that serve a variant alike: their names, what they do on CPU and on CUDA, and why not more."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for implementation in (*KINDS, "others"):
+        on = [served(config, implementation, device) for device in ("cpu", "cuda")]
+        alike.setdefault((*on, "; ".join(refusal_reasons(config, implementation))), []).append(implementation)
+    return [(names, row) for row, names in alike.items()]
+
+
 def find_adapter(name: str) -> dict[str, Any] | None:
     """The config of the adapter in a folder or repository; None for a model, a config file or a preset."""
     if Path(name).is_file() or ("/" not in name and not Path(name).exists()):
@@ -158,14 +176,11 @@ def print_info(name: str) -> None:
         print_words(name, adapter_words(name, adapter))
         return
     config = find_config(name)
-    cached = f"{cache_bytes_per_token(config):,} bytes per token in 16 bits" if config.use_cache else "none"
-    print_words(
-        name,
-        {**describe(config), "parameters": f"{count_parameters(config):,}", "cache": cached, **fast_paths(config)},
-    )
+    words = describe(config)
+    first = {topic: words.pop(topic) for topic in ("size", "length")}
+    print_words(name, {**first, **cost_words(config), **words, **fast_paths(config)})
     table = Table("attention back end", "cpu", "cuda", "why not")
-    for implementation in (*KINDS, "others"):
-        on = [served(config, implementation, device) for device in ("cpu", "cuda")]
-        table.add_row(implementation, *on, "; ".join(refusal_reasons(config, implementation)))
+    for names, row in back_ends(config):
+        table.add_row(", ".join(names), *row)
     console.print(table)
     say("chosen by default: sdpa")

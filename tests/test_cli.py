@@ -97,12 +97,16 @@ def test_info_says_what_a_folder_holds(tmp_path):
     told = succeed("info", folder)
     rows = {row[0]: row[1:] for row in (cells(line) for line in told.splitlines()) if len(row) > 1}
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert rows["parameters"] == [f"{model.num_parameters():,}"]
+    assert rows["parameters"][0].startswith(f"{model.num_parameters():,}, ")
     # Keys and values, 2 layers, 2 key/value heads of width 8, 2 bytes each.
-    assert rows["cache"][0].startswith("128 bytes per token")
+    assert rows["cache"][0] == "yes: 128 bytes a token in 16 bits"
+    # What a user looks for first stands first.
+    topics = [topic for topic in rows if topic]
+    assert topics[:7] == ["size", "length", "parameters", "memory", "operations", "cache", "attention"]
     assert "both directions" in rows["attention"][0] and "RoPE" in rows["positions"][0]
-    assert rows["sdpa"][:2] == ["yes", "yes"] and rows["eager"][:2] == ["yes", "yes"]
-    assert rows["flash_attention_2"][:2] == ["refused", "refused"] and "sdpa" in rows["flash_attention_2"][2]
+    assert rows["eager, sdpa, minillm_blocks"][:2] == ["yes", "yes"]
+    flash = "flash_attention_2, flash_attention_3, flash_attention_4"
+    assert rows[flash][:2] == ["refused", "refused"] and "sdpa" in rows[flash][2]
     assert rows["flex_attention"][0] == "forward only"
     file = succeed("info", folder / "config.json")
     assert [line for line in told.splitlines() if "│" in line] == [line for line in file.splitlines() if "│" in line]
@@ -173,7 +177,9 @@ def test_info_says_which_caches_have_room(tmp_path):
 def test_info_counts_a_sliding_window_and_a_model_without_cache(tmp_path):
     MiniLLMConfig(sliding_window=7, use_cache=False).save_pretrained(tmp_path)
     told = succeed("info", tmp_path)
-    assert "window of 7 tokens" in told and re.search(r"cache\s+│\s+none", told)
+    assert "window of 7 tokens" in told and re.search(r"cache\s+│\s+yes: .*use_cache=True", told)
+    MiniLLMConfig(attention_type="bidirectional").save_pretrained(tmp_path)
+    assert re.search(r"cache\s+│\s+no: a bidirectional", succeed("info", tmp_path))
 
 
 def test_info_says_what_an_adapter_is(tmp_path):
