@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __version__
 from minillm.cli.console import console
-from minillm.cli.loading import last_complete_checkpoint
+from minillm.cli.loading import best_device, last_complete_checkpoint
 from minillm.cli.progress import ProgressCallback, Schedule, fastest_thread_count
 from minillm.cli.report import write_report
 from minillm.data import (
@@ -88,7 +88,7 @@ class Demo:
         self.state_file = out / "state.json"
         self.state = self._read_state()
         self.started = time.monotonic() - self.state.get("seconds", 0.0)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = best_device().type
         self.schedule = Schedule(settings.steps * len(VARIANTS) + self.lora_steps)
 
     @property
@@ -211,7 +211,7 @@ class Demo:
 
     def choose_threads(self) -> None:
         """Two threads on a busy machine are far slower than one: measures, rather than believes."""
-        if self.device == "cuda" or all(name in self.state["stages"] for name in (*VARIANTS, "lora")):
+        if self.device != "cpu" or all(name in self.state["stages"] for name in (*VARIANTS, "lora")):
             return
         if "threads" in self.state["stages"]:
             # Sums of another number of threads are rounded otherwise: a resumed run goes on as it began.
@@ -273,7 +273,7 @@ class Demo:
             callbacks=[SetEpochCallback(collator), ProgressCallback(name, self.schedule)],
         )
         # Its own printer writes a dictionary a step into the progress bar.
-        trainer.pop_callback(next(cb for cb in trainer.callback_handler.callbacks if "Printer" in type(cb).__name__))
+        trainer.remove_callback(PrinterCallback)
         checkpoint = last_complete_checkpoint(folder)
         if checkpoint is not None:
             console.print(f"{name}: going on from {checkpoint.name}")

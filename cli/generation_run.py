@@ -3,11 +3,10 @@
 import sys
 from typing import Any, NamedTuple
 
-import torch
 import typer
 from transformers import AutoTokenizer, TextStreamer, set_seed
 
-from minillm.cli.loading import load_model, load_pretrained
+from minillm.cli.loading import best_device, load_model, load_pretrained
 from minillm.tokenization.glm_layout import GLMTokens, find_glm_tokens
 from minillm.tokenization.literal_text import LiteralReading, read_literally
 
@@ -52,8 +51,7 @@ def run(model_name: str, prompts: list[str] | None, decoding: Decoding, stream: 
         raise ValueError("--stream prints one prompt without beams as it comes; give one prompt and no --num-beams")
     options = decoding.options()
     tokenizer = load_pretrained(AutoTokenizer, model_name, "tokenizer", padding_side="left")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(model_name, allow_adapter=True).to(device)
+    model = load_model(model_name, allow_adapter=True).to(best_device())
     set_seed(decoding.seed)
     glm = glm_tokens(model, tokenizer)
     reading = read_prompts(tokenizer, prompts, glm, special_tokens)
@@ -62,7 +60,7 @@ def run(model_name: str, prompts: list[str] | None, decoding: Decoding, stream: 
     if stream and blanked[0]:
         raise ValueError("--stream prints a continuation as it comes; a blank is filled before it is printed")
     if stream:
-        inputs = tokenizer(prompts, return_tensors="pt").to(device)
+        inputs = tokenizer(prompts, return_tensors="pt").to(best_device())
         model.generate(**inputs, **options, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
         return
     told = list(prompts)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import find_adapter_config_file
 
@@ -27,6 +28,12 @@ def readable_errors(name: str, what: str) -> Iterator[None]:
         else:
             message = f"{name} holds no {what} that can be loaded: {one_line(error)}"
         raise ValueError(message) from error
+
+
+def best_device() -> torch.device:
+    """The accelerator that torch finds, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
 
 
 def load_pretrained(loader: Any, name: str, what: str, **options: Any) -> Any:

@@ -13,11 +13,11 @@ from typing import Any, get_args
 import torch
 import yaml
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.cli.console import one_line, say
-from minillm.cli.loading import last_complete_checkpoint, load_model, load_pretrained
+from minillm.cli.loading import best_device, last_complete_checkpoint, load_model, load_pretrained
 from minillm.cli.progress import ProgressCallback
 from minillm.data import load_corpus, split_corpus, tokenize_documents
 from minillm.evaluation import perplexity
@@ -287,7 +287,7 @@ def training_arguments(options: TrainOptions, checkpoints: Path) -> TrainingArgu
         save_steps=max(1, options.max_steps // 5),
         save_total_limit=1,
         seed=options.seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=best_device().type == "cpu",
         disable_tqdm=True,
         report_to="none",
     )
@@ -366,7 +366,7 @@ def train(options: TrainOptions, checkpoints: Path) -> None:
     arguments = training_arguments(options, checkpoints)
     callbacks = [SetEpochCallback(collator), ProgressCallback(objective)]
     trainer = LogitFreeTrainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks)
-    trainer.pop_callback(next(cb for cb in trainer.callback_handler.callbacks if "Printer" in type(cb).__name__))
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     with new_folder(options.out) as folder:
         trainer.model.save_pretrained(folder)

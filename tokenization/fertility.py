@@ -4,8 +4,6 @@
 words, since Chinese has no blanks between them.
 """
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +11,7 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+import regex
 from transformers import PreTrainedTokenizerFast
 
 from minillm.tokenization.tokenization_minillm import BYTE_PIECES
@@ -29,7 +28,8 @@ CODE_SUFFIXES = frozenset(
         "html css json yaml yml toml xml"
     ).split()
 )
-HAN = re.compile("[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
+HAN = regex.compile(r"\p{Han}")
+LATIN = regex.compile(r"\p{Latin}")
 BATCH = 256
 
 
@@ -226,7 +226,7 @@ def line_bucket(line: str) -> str | None:
 def script(letter: str) -> str:
     if HAN.match(letter):
         return "chinese"
-    return "latin" if "LATIN" in unicodedata.name(letter, "").split() else "other"
+    return "latin" if LATIN.match(letter) else "other"
 
 
 def count_words(text: str) -> int:
