@@ -19,6 +19,7 @@ from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.cli.console import one_line, say
 from minillm.cli.loading import last_complete_checkpoint, load_model, load_pretrained
 from minillm.cli.progress import ProgressCallback
+from minillm.conversion.files import read_json
 from minillm.evaluation import perplexity
 from minillm.folders import claimed, full_disk_in_words, new_folder, require_free, reserved, write_atomically
 from minillm.loss import why_logits
@@ -244,7 +245,7 @@ def go_on_from(checkpoints: Path, options: TrainOptions) -> str | None:
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps(now, indent=2))
         return None
-    then = json.loads(note.read_text("utf-8"))
+    then = read_json(note)
     differing = {name: value for name, value in then.items() if now.get(name) != value}
     if differing:
         raise ValueError(
