@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from minillm.conversion.files import (
     read_headers,
     read_json,
     read_settings,
+    require_file,
     require_held,
     require_text,
     weight_files,
@@ -24,6 +26,7 @@ from minillm.conversion.files import (
 
 NAMED_KEYS = 3
 ADAPTER_CONFIG = "adapter_config.json"
+TRAINER_STATE = "trainer_state.json"
 
 
 @contextlib.contextmanager
@@ -168,8 +171,29 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     for path in sorted(found, key=lambda path: -int(path.name.partition("-")[2])):
         try:
             # The Trainer writes this file last.
-            json.loads((path / "trainer_state.json").read_text("utf-8"))
+            json.loads((path / TRAINER_STATE).read_text("utf-8"))
         except (OSError, ValueError):
             continue
         return path
     return None
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Looks at the files of a Trainer's checkpoint before the Trainer does.
+
+    Raises:
+        ValueError: one is damaged; the message names it and says what to do.
+    """
+    try:
+        for file in sorted(folder.glob("*.json")):
+            content = read_json(file)
+            if file.name == TRAINER_STATE and not isinstance(content.get("global_step"), int):
+                raise ValueError(f"{file} holds no `global_step`")
+        for file in sorted(folder.glob("*.safetensors")):
+            read_headers(file)
+        for file in sorted(path for suffix in ("pt", "pth", "bin") for path in folder.glob(f"*.{suffix}")):
+            # As torch writes them; what they hold is the Trainer's.
+            if not zipfile.is_zipfile(require_file(file)):
+                raise ValueError(f"{file} is damaged or cut off")
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {folder}, and the same command trains from where it can") from error

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 import torch
-from cli_cases import fail, save_small_model, small_tokenizer, tree
+from cli_cases import fail, save_small_model, small_tokenizer, succeed, tree, write_corpus
 from conversion_cases import edit_json, save_native
 from native_families import native_model
 from safetensors.torch import load_file, save_file
@@ -457,6 +457,44 @@ def test_an_adapter_config_that_cannot_be_read(case, copy, sources, tmp_path):
     for arguments in (("info", folder), ("generate", folder, "a"), ("export", folder, tmp_path / "out")):
         assert_refused(words, tmp_path, *arguments)
     assert_refused(words, tmp_path, "export", sources / "ours", tmp_path / "out", "--adapter", folder)
+
+
+# --- what a run left ---
+
+LEFT = {
+    "options": ("options.json", b"{", "cannot be read"),
+    "options-list": ("options.json", b"[1]", "holds no mapping"),
+    "state": ("checkpoint-1/trainer_state.json", b"{}", "holds no `global_step`"),
+    "config": ("checkpoint-1/config.json", b"{", "cannot be read"),
+    "weights": ("checkpoint-1/model.safetensors", bytes(99), "damaged or cut off"),
+    "no-weights": ("checkpoint-1/model.safetensors", b"", "is empty"),
+    "optimizer": ("checkpoint-1/optimizer.pt", b"x" * 99, "damaged or cut off"),
+    "scheduler": ("checkpoint-1/scheduler.pt", b"", "is empty"),
+    "random": ("checkpoint-1/rng_state.pth", POINTER, "Git LFS pointer"),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(sources, tmp_path_factory):
+    """The command that goes on with a run that did not come to its end, and its folder of checkpoints."""
+    root = tmp_path_factory.mktemp("run")
+    corpus = write_corpus(root / "corpus", files=6)
+    data = ("--data", corpus, "--max-steps", 1, "--batch-size", 1, "--max-length", 16)
+    command = ("train", "--model", sources / "ours", *data, "--out", root / "out")
+    succeed(*command)
+    shutil.rmtree(root / "out")
+    return command, root / "out-checkpoints"
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_a_checkpoint_of_a_run(case, interrupted):
+    (command, folder), (name, content, words) = interrupted, LEFT[case]
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(content)
+    try:
+        assert_refused([str(folder / name), words], folder.parent, *command)
+    finally:
+        (folder / name).write_bytes(whole)
 
 
 # --- GGUF ---
