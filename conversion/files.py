@@ -1,6 +1,6 @@
 """Reading files that others wrote: each fault is one line that names the file, before anything large is taken.
 
-Nothing but tensors is unpickled, no file outside the folder is read for weights, and no size that a file claims is
+Nothing but tensors is unpickled, an index names files of its own folder only, and no size that a file claims is
 believed before it is compared with what is there.
 """
 
