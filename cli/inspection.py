@@ -1,5 +1,6 @@
 """`minillm presets` and `minillm info`: what models are, without loading weights."""
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ from minillm.tuning import tuning
 
 def count_parameters(config: MiniLLMConfig) -> int:
     """Parameters of the causal language model, counted on the meta device (tied ones once)."""
+    layers = config.num_hidden_layers
+    # All layers are alike.
+    shallow, deeper = (_count_parameters(config, min(layers, depth)) for depth in (1, 2))
+    return shallow + (layers - 1) * (deeper - shallow)
+
+
+def _count_parameters(config: MiniLLMConfig, layers: int) -> int:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
     with torch.device("meta"):
         return MiniLLMForCausalLM(config).num_parameters()
 
@@ -134,7 +144,8 @@ def adapter_words(name: str, adapter: dict[str, Any]) -> dict[str, str]:
         "base model": base or "not named",
     }
     if kind == "LORA":
-        words["rank"] = f"{adapter['r']} (alpha {adapter['lora_alpha']}, dropout {adapter['lora_dropout']})"
+        rank, alpha, dropout = (adapter.get(key, "not said") for key in ("r", "lora_alpha", "lora_dropout"))
+        words["rank"] = f"{rank} (alpha {alpha}, dropout {dropout})"
     for topic, key in (
         ("changed modules", "target_modules"),
         ("modules trained whole", "modules_to_save"),
