@@ -68,7 +68,7 @@ def one_line_errors(resumes: bool = False) -> Iterator[None]:
     try:
         with quiet_libraries():
             yield
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         fail(error)
     except KeyboardInterrupt:
         hint = ": what was saved stays; the same command goes on from there" if resumes else ""

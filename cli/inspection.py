@@ -152,7 +152,8 @@ def adapter_words(name: str, adapter: dict[str, Any]) -> dict[str, str]:
         "base model": base or "not named",
     }
     if kind == "LORA":
-        words["rank"] = f"{adapter['r']} (alpha {adapter['lora_alpha']}, dropout {adapter['lora_dropout']})"
+        rank, alpha, dropout = (adapter.get(key, "not said") for key in ("r", "lora_alpha", "lora_dropout"))
+        words["rank"] = f"{rank} (alpha {alpha}, dropout {dropout})"
     for topic, key in (
         ("changed modules", "target_modules"),
         ("modules trained whole", "modules_to_save"),

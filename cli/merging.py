@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minillm.cli.console import one_line, warn
+from minillm.cli.loading import check_adapter
 from minillm.conversion.comparison import TOLERANCE, difference, few_logits
 
 # The sum is rounded once in the model's dtype, where the adapter beside the weights rounds twice, layer after layer.
@@ -25,6 +26,7 @@ def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
     from peft import PeftModel
 
     try:
+        check_adapter(adapter)
         with warnings.catch_warnings():
             # PEFT makes up what an adapter lacks.
             warnings.filterwarnings("error", ".*missing adapter keys")

@@ -18,9 +18,9 @@ from transformers import CONFIG_MAPPING
 from transformers.utils import logging
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.conversion.carried_files import read_json
 from minillm.conversion.checkpoint import CONFIG_NAME, Checkpoint, widest
 from minillm.conversion.family import ConversionError, Family
+from minillm.conversion.files import read_json
 from minillm.conversion.gguf_file import GGUFCheckpoint
 
 logger = logging.get_logger(__name__)

@@ -436,7 +436,7 @@ def explain_broken_files(name_or_path: str | Path, kwargs: Mapping[str, Any], er
     place = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder") if kwargs.get(name)}
     if kwargs.get("gguf_file"):
         return
-    for name, load in (("tokenizer_config.json", json.loads), ("tokenizer.json", Tokenizer.from_str)):
+    for name, load in (("tokenizer_config.json", read_mapping), ("tokenizer.json", Tokenizer.from_str)):
         try:
             path = cached_file(name_or_path, name, local_files_only=True, **place)
         except OSError:
@@ -449,3 +449,8 @@ def explain_broken_files(name_or_path: str | Path, kwargs: Mapping[str, Any], er
             raise ValueError(
                 f"{path} is damaged ({cause}): save the tokenizer again or fetch the file anew"
             ) from error
+
+
+def read_mapping(text: str) -> None:
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it holds no mapping")
