@@ -21,6 +21,7 @@ from benchmarks.models import Contender, build, rotating_ids
 from benchmarks.speed import PLANS
 from benchmarks.steps import batches_of, training_step
 from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, summarise
+from minillm.put_back import thread_count_kept
 from minillm.training import (
     DataCollatorForCausalLM,
     DataCollatorForGLM,
@@ -124,8 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("documents", "batch_size", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
-    torch.set_num_threads(1)
-    rows = measure(made_up_documents(options.documents), options.length, options.batch_size, options.rounds)
+    with thread_count_kept():
+        torch.set_num_threads(1)
+        rows = measure(made_up_documents(options.documents), options.length, options.batch_size, options.rounds)
     print(f"| {'collator':13} | tokens/s | tokens/s of packing | padding |\n|---|---|---|---|")
     for row in rows:
         print(

@@ -26,6 +26,7 @@ from minillm.cli.progress import ProgressCallback, Schedule, fastest_thread_coun
 from minillm.cli.report import write_report
 from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
 from minillm.folders import new_folder, write_atomically
+from minillm.put_back import random_states_kept, thread_count_kept
 from minillm.training import (
     CorpusError,
     DataCollatorForCausalLM,
@@ -133,6 +134,8 @@ class Demo:
             console.print(f"[green]skipped[/] {stage}: finished in an earlier run")
         return result
 
+    @random_states_kept()
+    @thread_count_kept()
     def run(self) -> dict[str, Any]:
         """Runs all stages and returns the report's figures."""
         # Read and split before anything is written, so that a bad corpus leaves no trace.

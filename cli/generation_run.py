@@ -8,6 +8,7 @@ import typer
 from transformers import AutoTokenizer, TextStreamer, set_seed
 
 from minillm.cli.loading import load_model, load_pretrained
+from minillm.put_back import random_states_kept
 from minillm.tokenization.glm_layout import GLMTokens, find_glm_tokens
 from minillm.tokenization.literal_text import LiteralReading, read_literally
 
@@ -35,6 +36,7 @@ class Decoding(NamedTuple):
         return {**common, "do_sample": False}
 
 
+@random_states_kept()
 def run(model_name: str, prompts: list[str] | None, decoding: Decoding, stream: bool, special_tokens: bool) -> None:
     """Prints each prompt with its continuation, or with its blanks filled.
 

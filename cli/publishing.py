@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 from minillm.cli.console import one_line, warn
 from minillm.cli.loading import load_checked, load_model, load_pretrained
 from minillm.cli.merging import merge_adapter, tolerance
-from minillm.conversion.comparison import difference, few_logits, fits_in_memory, quiet
+from minillm.conversion.comparison import difference, few_logits, fits_in_memory
 from minillm.folders import new_folder
+from minillm.put_back import quiet
 
 DTYPES = ("float32", "bfloat16", "float16")
 

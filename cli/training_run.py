@@ -22,6 +22,7 @@ from minillm.cli.progress import ProgressCallback
 from minillm.evaluation import perplexity
 from minillm.folders import claimed, full_disk_in_words, new_folder, require_free, reserved, write_atomically
 from minillm.loss import why_logits
+from minillm.put_back import random_states_kept
 from minillm.tokenization.literal_text import apply_template_literally
 from minillm.training import (
     DataCollatorForCausalLM,
@@ -335,7 +336,7 @@ def run(options: TrainOptions) -> None:
     Nobody else writes `out` and its checkpoints meanwhile.
     """
     checkpoints = options.out.with_name(f"{options.out.name}-checkpoints")
-    with claimed(options.out), reserved(checkpoints), full_disk_in_words(checkpoints):
+    with claimed(options.out), reserved(checkpoints), full_disk_in_words(checkpoints), random_states_kept():
         train(options, checkpoints)
 
 

@@ -5,18 +5,21 @@ Python files that define its classes, flat and importing one another relatively 
 an `auto_map` that names them all, a model card, and token ids that generation needs.
 """
 
+import contextlib
+import copy
 import functools
 import importlib.util
 import inspect
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
@@ -137,15 +140,29 @@ With `pip install minillm-hf` and `import minillm` it loads without `trust_remot
     )
 
 
-def complete_generation_config(model: MiniLLMPreTrainedModel) -> None:
-    """Fills in the end and padding ids; without a padding token the end token pads."""
-    generation = model.generation_config
+def completed_generation_config(model: MiniLLMPreTrainedModel) -> GenerationConfig:
+    """A copy of a model's generation config with end and padding ids; without a padding token the end token pads."""
+    generation = copy.deepcopy(model.generation_config)
     if generation.eos_token_id is None:
         generation.eos_token_id = model.config.eos_token_id
     if generation.pad_token_id is None:
         ends = generation.eos_token_id
         first_end = ends[0] if isinstance(ends, list) else ends
         generation.pad_token_id = first_end if model.config.pad_token_id is None else model.config.pad_token_id
+    return generation
+
+
+@contextlib.contextmanager
+def completed(model: MiniLLMPreTrainedModel) -> Iterator[None]:
+    """The model has a complete generation config; afterwards its own: saving must not change what it generates."""
+    if not model.can_generate():
+        yield
+        return
+    own, model.generation_config = model.generation_config, completed_generation_config(model)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def save_then_push(save: Callable, obj: Any, folder: Any, kwargs: dict[str, Any]) -> Any:
@@ -213,16 +230,16 @@ def model_save(save: Callable) -> Callable:
     ) -> Any:
         if push_to_hub:
             return save_then_push(type(self).save_pretrained, self, save_directory, split_push(kwargs))
-        if self.can_generate():
-            complete_generation_config(self)
         writes = is_main_process and self.should_save_on_this_rank(is_main_process)
         is_adapter = getattr(self, "_hf_peft_config_loaded", False)
         given = inspect.signature(save).bind(self, save_directory, is_main_process, *args, **kwargs).arguments
         if not writes or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
             # Of a distributed checkpoint each process writes its own part.
-            result = save(self, save_directory, is_main_process, *args, **kwargs)
+            with completed(self):
+                result = save(self, save_directory, is_main_process, *args, **kwargs)
         else:
-            with updated_folder(save_directory, outdated_weights(given.get("variant"), is_adapter)) as folder:
+            outdated = outdated_weights(given.get("variant"), is_adapter)
+            with updated_folder(save_directory, outdated) as folder, completed(self):
                 result = save(self, folder, is_main_process, *args, **kwargs)
                 if not is_adapter and not (Path(save_directory) / CARD_NAME).exists():
                     model_card(self).save(folder / CARD_NAME)
