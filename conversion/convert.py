@@ -14,6 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.cards import CARD_NAME, model_card
 from minillm.conversion.carried_files import carry_over_plainly
 from minillm.conversion.checkpoint import (
     CONFIG_NAME,
@@ -32,7 +33,7 @@ from minillm.conversion.family import ConversionError, Family, NameMapping
 from minillm.conversion.gguf_file import GGUFCheckpoint
 from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
 from minillm.folders import claimed, new_folder, require_apart
-from minillm.hub import CARD_NAME, completed_generation_config, model_card
+from minillm.hub import completed_generation_config
 
 FAMILIES: dict[str, Family] = {
     family.name: family

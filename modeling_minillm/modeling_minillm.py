@@ -5,6 +5,7 @@ the files beside this one and are chosen when a layer is built; masks and biases
 `minillm.back_ends`.
 """
 
+import os
 from itertools import islice
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from minillm.adapter_targets import PEFT_TABLES, after_import, fill_peft_tables
 from minillm.attention import MiniLLMAttention
 from minillm.back_ends import Call, attention_inputs
 from minillm.cache import CACHE_NAME, one_cache, with_room
@@ -66,6 +68,9 @@ from minillm.tuning import TuningOfModel
 logger = logging.get_logger(__name__)
 
 PAGED_KEYS = ("read_index", "write_index")
+
+# Here and not where the package registers itself, so that it holds where only a model's folder has the code.
+after_import(PEFT_TABLES, fill_peft_tables)
 
 
 class MiniLLMDecoderLayer(GradientCheckpointingLayer):
@@ -114,6 +119,9 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
         # Fields may have been assigned since the config was made.
         config.validate_architecture()
         super().__init__(config, *inputs, **kwargs)
+        if os.path.isdir(self.name_or_path):
+            # PEFT and transformers write it into adapters, which must find their base from any working folder.
+            self.name_or_path = os.path.abspath(self.name_or_path)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The one gate of every way to choose a back end (argument, setter, config field)."""

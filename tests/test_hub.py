@@ -19,6 +19,7 @@ ROOMS_NOT_EXPORTED = (
     "evaluation",
     "cli",
     "hub",
+    "cards",
     "folders",
     "put_back",
     "registration",
