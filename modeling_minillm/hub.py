@@ -23,9 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from minillm.adapter_targets import after_import
 from minillm.cards import CARD_NAME, is_repository, is_template, model_card, write_adapter_card
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.default_targets import after_import
 from minillm.folders import updated_folder
 from minillm.modeling_minillm import MiniLLMPreTrainedModel
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer

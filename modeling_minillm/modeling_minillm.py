@@ -34,7 +34,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from minillm.adapter_targets import PEFT_TABLES, after_import, fill_peft_tables
 from minillm.attention import MiniLLMAttention
 from minillm.back_ends import Call, attention_inputs
 from minillm.cache import CACHE_NAME, one_cache, with_room
@@ -50,6 +49,7 @@ from minillm.checks import (
     read_text_labels,
 )
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.default_targets import PEFT_TABLES, after_import, fill_peft_tables
 from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
 from minillm.geometry import read_geometry
