@@ -36,6 +36,7 @@ from minillm.data import (
 from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
 from minillm.publishing.folders import new_folder, write_atomically
 from minillm.training import DataCollatorForCausalLM, DataCollatorForPrefixLM, SetEpochCallback, pack_dataset
+from minillm.training.put_back import random_states_kept, thread_count_kept
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "causal": {},
@@ -130,6 +131,8 @@ class Demo:
             console.print(f"[green]skipped[/] {stage}: finished in an earlier run")
         return result
 
+    @random_states_kept()
+    @thread_count_kept()
     def run(self) -> dict[str, Any]:
         """Runs all stages and returns the report's figures."""
         # Read and split before anything is written, so that a bad corpus leaves no trace.

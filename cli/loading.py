@@ -93,7 +93,14 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
         raise ValueError(f"{name} is an adapter: merge it with `minillm export {base or 'BASE'} OUT --adapter {name}`")
     if not base:
         raise ValueError(f"{name} is an adapter that names no base model: merge it into one with `minillm export`")
-    model = load_checked(base, **options)
+    try:
+        model = load_checked(base, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is an adapter for {base}, which cannot be loaded: {error}. If that model is elsewhere, write its "
+            f"place into {name}/adapter_config.json as base_model_name_or_path, or merge the two with "
+            f"`minillm export BASE OUT --adapter {name}`"
+        ) from error
     with readable_errors(name, "adapter"):
         check_adapter(name)
         found = model.load_adapter(name)

@@ -40,6 +40,7 @@ from minillm.training import (
     SetEpochCallback,
     pack_dataset,
 )
+from minillm.training.put_back import random_states_kept
 
 MASK_OF = {"causal": "causal", "prefix": "prefix", "glm": "prefix", "sft": None}
 """Objectives, and the `attention_type` that each needs."""
@@ -342,7 +343,7 @@ def run(options: TrainOptions) -> None:
     Nobody else writes `out` and its checkpoints meanwhile.
     """
     checkpoints = options.out.with_name(f"{options.out.name}-checkpoints")
-    with claimed(options.out), reserved(checkpoints), full_disk_in_words(checkpoints):
+    with claimed(options.out), reserved(checkpoints), full_disk_in_words(checkpoints), random_states_kept():
         train(options, checkpoints)
 
 

@@ -33,8 +33,9 @@ from minillm.conversion.family import ConversionError, Family, NameMapping, tens
 from minillm.conversion.files import faults_of
 from minillm.conversion.gguf_file import GGUFCheckpoint
 from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
+from minillm.publishing.cards import CARD_NAME, model_card
 from minillm.publishing.folders import claimed, new_folder, require_apart
-from minillm.publishing.hub import CARD_NAME, complete_generation_config, model_card
+from minillm.publishing.hub import completed_generation_config
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -296,8 +297,7 @@ def convert(
         model_card(model).save(folder / CARD_NAME)
         checkpoint.carry_over(folder)
         if not (folder / "generation_config.json").exists():
-            complete_generation_config(model)
-            model.generation_config.save_pretrained(folder)
+            completed_generation_config(model).save_pretrained(folder)
         compare_conversion(plan, folder, dtype)
     return plan.config
 
