@@ -115,7 +115,6 @@ def collated(collator, given, documents):
     assert_width(batch, vars(collator), longest)
     if collator.packing:
         assert longest <= collator.max_length
-        # Never more than 11/9 of the fewest plus one, of which the tokens are a lower bound and the documents an upper.
         assert len(rows) <= len(documents)
     else:
         assert all(len(row) == 1 for row in rows)

@@ -35,7 +35,7 @@ def frequencies(rope, dim, length):
         scale = rope.get("attention_factor") or (1.0 if factor <= 1 else 0.1 * math.log(factor) + 1)
         return [yarn(frequency, i, rope, dim, original) for i, frequency in enumerate(plain)], scale
     if kind == "longrope":
-        ratio = LENGTH / original if "original_max_position_embeddings" in rope else factor or 1.0
+        ratio = factor or LENGTH / original
         scale = rope.get("attention_factor")
         if scale is None:
             scale = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
