@@ -76,7 +76,7 @@ def cases(draw):
     return pairs, two_axes, draw(rope_dictionaries(pairs, two_axes)), draw(st.integers(1, 40))
 
 
-@random_test(quick=60, full=6000, case=cases(), interleaved=st.booleans())
+@random_test(quick=150, full=6000, case=cases(), interleaved=st.booleans())
 def test_angles_are_those_of_the_formulas(case, interleaved):
     pairs, two_axes, rope, length = case
     fields = {"hidden_size": 2 * pairs, "num_attention_heads": 1, "max_position_embeddings": LENGTH}
