@@ -194,7 +194,11 @@ def add_byte_pieces(backend: Tokenizer) -> Tokenizer:
     model = state["model"]
     model["byte_fallback"] = True
     if model["type"] == "Unigram":
-        lowest = min(score for _, score in model["vocab"])
+        scores = [score for _, score in model["vocab"]]
+        # NaN, in JSON: a corpus of zero bytes alone, between which the trainer learns, leaves it nothing to count.
+        if None in scores:
+            raise ValueError("the corpus holds nothing that model='unigram' could learn from: give it other text")
+        lowest = min(scores)
         model["vocab"] += [[piece, lowest] for piece in BYTE_PIECES]
     else:
         model["vocab"].update({piece: len(model["vocab"]) + byte for byte, piece in enumerate(BYTE_PIECES)})
