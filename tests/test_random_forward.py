@@ -3,7 +3,7 @@
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
-from matrix_cases import assert_same_run, double_weights, model_run, reference_run
+from matrix_cases import double_weights, model_run, reference_run
 from random_cases import BACK_ENDS, LONGEST, attending, batches, config_fields, loud, random_test, real_of
 from reference import reference_logits
 from transformers import StaticCache
@@ -50,9 +50,20 @@ def test_gradients_equal_the_twin(run, back_end):
     assume(real_of(inputs).any())
     model = loud(fields).train()
     weights = double_weights(model)
-    expected = reference_run(model.config, weights, inputs, training=True)
+    exact = reference_run(model.config, weights, inputs, training=True)
+    single = {name: weight.detach().float().requires_grad_() for name, weight in weights.items()}
+    rounded = reference_run(model.config, single, inputs, training=True)
     with attending(model, back_end):
-        assert_same_run(model_run(model, inputs), expected, inputs, back_end)
+        got = model_run(model, inputs)
+    largest = max(gradient.abs().max() for gradient in exact[1].values() if gradient is not None)
+    for name, wanted in exact[1].items():
+        if wanted is None or got[1][name] is None:
+            assert all(each[1][name] is None or not each[1][name].any() for each in (exact, got)), name
+            continue
+        # A norm over two channels has next to no gradient but rounding, of which the twin has as much.
+        rounding = (rounded[1][name].double() - wanted).abs().max()
+        difference = (got[1][name].double() - wanted).abs().max()
+        assert difference <= 10 * rounding + 1e-5 * max(wanted.abs().max(), 5e-2 * largest), name
 
 
 @random_test(quick=20, full=1500, run=runs(), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float64]))
