@@ -30,6 +30,7 @@ TEST = [
     *GGUF,
     "pytest>=8",
     "pytest-xdist>=3.6",
+    "hypothesis>=6.150",
     "optimum-quanto>=0.2.7",
     "parameterized>=0.9",
     "trl>=1.0",

@@ -143,6 +143,21 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
         # transformers looks for the decorator in this file; it stands in `minillm.feed_forward`.
         return True
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The kernel for experts that fits: transformers' default takes rows of whole 16 bytes, and fails in the midst
+        of a forward over others."""
+        fields = vars(self.config)
+        widths = fields["hidden_size"], fields["intermediate_size"]
+        has_experts = fields["mlp_type"] == "moe"
+        if has_experts and requested_experts == "grouped_mm" and any(width % 4 for width in widths):
+            raise ValueError(
+                f"experts_implementation='grouped_mm' with `hidden_size={widths[0]}` and `intermediate_size="
+                f"{widths[1]}`: its rows must be a multiple of 16 bytes; use 'eager' or 'batched_mm'"
+            )
+        if has_experts and requested_experts is None and any(width % 8 for width in widths):
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # The base class would fill a rotary embedding of two axes with the frequencies of one.
