@@ -17,6 +17,8 @@ from minillm.description import draw_mask
 DOCS = Path(__file__).parent.parent / "docs"
 DRAWING = re.compile(r"<!-- mask: (\{[^\n]*\}) -->\n```text\n(.*?)```", re.S)
 DRAWINGS = DRAWING.findall((DOCS / "variants.md").read_text("utf-8"))
+# What these need is imported by other tests already; a process of their own would double their time.
+IN_PROCESS = ["preference_training"]
 PER_TOKEN = ("attention_mask", "prefix_mask", "document_ids")
 
 
@@ -40,14 +42,30 @@ def test_a_drawing_can_be_checked_by_hand():
     assert draw_mask(config, 4, prefix_mask=torch.tensor([[1, 1, 1, 0]])) == "■ ■ ■ ·\n■ ■ ■ ·\n■ ■ ■ ·\n· · ■ ■"
 
 
+def code_of(page: str) -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text("utf-8"), re.M | re.S)
+    assert blocks
+    return "\n".join(blocks)
+
+
+def assert_shown(page: str, printed: str):
+    """What a page shows as printed, behind the code that prints it, was printed."""
+    for shown in re.findall(r"^```\n\n```text\n(.*?)^```", (DOCS / f"{page}.md").read_text("utf-8"), re.M | re.S):
+        assert shown in printed, printed
+
+
+@pytest.mark.parametrize("page", IN_PROCESS)
+def test_the_code_of_a_page_runs_in_this_process(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code_of(page), f"{page}.md", "exec"), {"__name__": "__main__"})
+    assert_shown(page, capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("page", ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks"])
 def test_the_code_of_a_page_runs(page, tmp_path):
-    text = (DOCS / f"{page}.md").read_text("utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert blocks
     with running_hub(tmp_path / "hub") as environment:
         done = subprocess.run(
-            [sys.executable, "-c", "\n".join(blocks)],
+            [sys.executable, "-c", code_of(page)],
             cwd=tmp_path,
             env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -55,8 +73,7 @@ def test_the_code_of_a_page_runs(page, tmp_path):
             check=False,
         )
     assert done.returncode == 0, done.stderr[-3000:]
-    for shown in re.findall(r"^```\n\n```text\n(.*?)^```", text, re.M | re.S):
-        assert shown in done.stdout, done.stdout
+    assert_shown(page, done.stdout)
     if page == "publishing":
         shown = re.search(r"<!-- files -->\n```text\n(.*?)\n```", (DOCS / "publishing.md").read_text("utf-8"), re.S)[1]
         for folder in ("my-model", "my-merged-model"):
