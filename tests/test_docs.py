@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 DRAWING = re.compile(r"<!-- mask: (\{[^\n]*\}) -->\n```text\n(.*?)```", re.S)
 DRAWINGS = DRAWING.findall((DOCS / "variants.md").read_text("utf-8"))
 # What these need is imported by other tests already; a process of their own would double their time.
-IN_PROCESS = ["preference_training"]
+IN_PROCESS = ["adapters", "preference_training"]
 PER_TOKEN = ("attention_mask", "prefix_mask", "document_ids")
 
 
