@@ -93,7 +93,7 @@ def enable_checkpointing(model, **options):
     enable(options or None)
 
 
-def make_trainer(model, dataset, collator, folder, eval_dataset=None, **arguments):
+def make_trainer(model, dataset, collator, folder, eval_dataset=None, model_init=None, **arguments):
     """The stock Trainer on the CPU, which logs each step and saves nothing unless asked."""
     settings = {
         "output_dir": str(folder),
@@ -108,6 +108,7 @@ def make_trainer(model, dataset, collator, folder, eval_dataset=None, **argument
     }
     return Trainer(
         model=model,
+        model_init=model_init,
         args=TrainingArguments(**settings),
         train_dataset=dataset,
         eval_dataset=eval_dataset,
