@@ -5,16 +5,15 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from docs_cases import DOCS, assert_shown, code_of
 from hub_server import running_hub
 
 from minillm import MiniLLMConfig
 from minillm.description import draw_mask
 
-DOCS = Path(__file__).parent.parent / "docs"
 DRAWING = re.compile(r"<!-- mask: (\{[^\n]*\}) -->\n```text\n(.*?)```", re.S)
 DRAWINGS = DRAWING.findall((DOCS / "variants.md").read_text("utf-8"))
 OF_THEIR_OWN = ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks"]
@@ -41,18 +40,6 @@ def test_all_drawings_are_checked_and_differ():
 def test_a_drawing_can_be_checked_by_hand():
     config = MiniLLMConfig(attention_type="prefix", sliding_window=2)
     assert draw_mask(config, 4, prefix_mask=torch.tensor([[1, 1, 1, 0]])) == "■ ■ ■ ·\n■ ■ ■ ·\n■ ■ ■ ·\n· · ■ ■"
-
-
-def code_of(page: str) -> str:
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text("utf-8"), re.M | re.S)
-    assert blocks
-    return "\n".join(blocks)
-
-
-def assert_shown(page: str, printed: str):
-    """What a page shows as printed, behind the code that prints it, was printed."""
-    for shown in re.findall(r"^```\n\n```text\n(.*?)^```", (DOCS / f"{page}.md").read_text("utf-8"), re.M | re.S):
-        assert shown in printed, printed
 
 
 @pytest.mark.parametrize("page", IN_PROCESS)
