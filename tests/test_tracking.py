@@ -34,11 +34,11 @@ def trained(variant, folder, model=None, **arguments):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trackio_keeps_every_logged_number(variant, runs, tmp_path):
-    arguments = {"report_to": ["trackio"], "project": variant, "eval_strategy": "steps", "eval_steps": 2}
+    arguments = {"report_to": ["trackio"], "project": tmp_path.name, "eval_strategy": "steps", "eval_steps": 2}
     model = tiny_model(variant)
     trainer = trained(variant, tmp_path, model, **arguments)
     trainer.train()
-    with sqlite3.connect(runs / f"{variant}.db") as database:
+    with sqlite3.connect(runs / f"{tmp_path.name}.db") as database:
         kept = [json.loads(metrics) for (metrics,) in database.execute("select metrics from metrics order by id")]
         (config,) = (json.loads(text) for (text,) in database.execute("select config from configs"))
     found = {}
