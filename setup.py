@@ -34,6 +34,8 @@ TEST = [
     "optimum-quanto>=0.2.7",
     "parameterized>=0.9",
     "trl>=1.0",
+    "optuna>=4",
+    "trackio>=0.21",
     "onnxscript>=0.5",
     "onnxruntime>=1.22",
 ]

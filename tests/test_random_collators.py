@@ -6,13 +6,13 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from random_cases import maybe, random_test
 
+from minillm.data.documents import NothingToScoreError
 from minillm.training import (
     DataCollatorForCausalLM,
     DataCollatorForPrefixLM,
     DataCollatorForSFT,
     pack_dataset,
 )
-from minillm.training.documents import NothingToScoreError
 
 PAD = 7
 # Few ids, so that documents repeat and padding's id occurs among them.
