@@ -8,10 +8,10 @@ from rich.markup import escape
 from rich.table import Column, Table
 from transformers import AutoConfig
 
-from minillm import MiniLLMConfig
 from minillm.capabilities import DIRECTIONS, KINDS, features_of, refusal
 from minillm.cli.console import console, say
 from minillm.cli.loading import adapter_config, load_pretrained
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.configuration.presets import PRESETS
 from minillm.experiments.cost import read_cost
 from minillm.experiments.reporting import amount, number

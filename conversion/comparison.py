@@ -16,11 +16,12 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.utils import logging
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.conversion.checkpoint import CONFIG_NAME, Checkpoint, widest
 from minillm.conversion.family import ConversionError, Family
 from minillm.conversion.files import read_json
 from minillm.conversion.gguf_file import GGUFCheckpoint
+from minillm.modeling_minillm import MiniLLMForCausalLM
 from minillm.training.put_back import evaluating, quiet
 
 logger = logging.get_logger(__name__)

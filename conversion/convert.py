@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.conversion.carried_files import carry_over_plainly
 from minillm.conversion.checkpoint import (
     CONFIG_NAME,
@@ -33,6 +33,7 @@ from minillm.conversion.family import ConversionError, Family, NameMapping, tens
 from minillm.conversion.files import faults_of
 from minillm.conversion.gguf_file import GGUFCheckpoint
 from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
+from minillm.modeling_minillm import MiniLLMForCausalLM
 from minillm.publishing.cards import CARD_NAME, model_card
 from minillm.publishing.folders import claimed, new_folder, require_apart
 from minillm.publishing.hub import completed_generation_config

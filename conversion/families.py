@@ -5,7 +5,7 @@ References: the classes of these names in transformers, and the papers named in 
 
 from typing import Any
 
-from minillm import MiniLLMConfig
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.conversion.family import ConversionError, Family, TensorRule
 from minillm.conversion.transforms import EXPERTS, EXPERTS_GATE_UP, GATE_UP, QKV_BY_GROUP, QKV_STACKED, TRANSPOSED
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.configuration.configuration_minillm import MISREAD
+from minillm.configuration.configuration_minillm import MISREAD, MiniLLMConfig
 from minillm.configuration.saved_values import refuse_impossible
 from minillm.configuration.spellings import KNOWN_EXTRA_KEYS
 from minillm.conversion.transforms import SAME, Transform
+from minillm.modeling_minillm import MiniLLMForCausalLM
 
 ROPE_SPELLINGS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
 
