@@ -104,7 +104,7 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
     with readable_errors(name, "adapter"):
         check_adapter(name)
         found = model.load_adapter(name)
-    require_all_weights(name, found.to_dict())
+    require_all_weights(name, found.to_dict(), f"an adapter for {base}")
     return model
 
 
@@ -122,8 +122,8 @@ def load_checked(name: str, **options: Any) -> Any:
     return model
 
 
-def require_all_weights(name: str, found: Mapping[str, Any]) -> None:
-    """Refuses weights that are not exactly those of the model, by transformers' account of a loading.
+def require_all_weights(name: str, found: Mapping[str, Any], of: str = "a causal language model") -> None:
+    """Refuses weights that are not exactly those of the model or adapter, by transformers' account of a loading.
 
     Raises:
         ValueError: the message names the first keys of each kind.
@@ -135,7 +135,7 @@ def require_all_weights(name: str, found: Mapping[str, Any]) -> None:
     }
     faults = [f"{kind}: {listed(names)}" for kind, names in keys.items() if names]
     if faults:
-        raise ValueError(f"{name} does not hold exactly the weights of a causal language model; {'; '.join(faults)}")
+        raise ValueError(f"{name} does not hold exactly the weights of {of}; {'; '.join(faults)}")
 
 
 def listed(names: list[str]) -> str:

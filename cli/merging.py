@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from minillm.cli.console import one_line, warn
-from minillm.cli.loading import check_adapter
+from minillm.cli.loading import check_adapter, listed
 from minillm.conversion.comparison import TOLERANCE, difference, few_logits
 
 # The sum is rounded once in the model's dtype, where the adapter beside the weights rounds twice, layer after layer.
 ROUNDINGS = 8
+# PEFT reads them past the model's own loading, which calls them unexpected.
+PROMPT_TENSORS = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
 
 
 def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
@@ -40,7 +42,7 @@ def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
 
 
 def load_adapted(model: Any, model_name: str, adapter: str) -> Any:
-    """A model with an adapter, all of whose weights were read. ValueError if there is no whole one that fits."""
+    """A model with an adapter, all of whose weights were read and used. ValueError if there is no whole one that fits."""
     from peft import PeftModel
 
     try:
@@ -50,9 +52,21 @@ def load_adapted(model: Any, model_name: str, adapter: str) -> Any:
             warnings.filterwarnings("error", ".*missing adapter keys")
             # It advises to do what is done here.
             warnings.filterwarnings("ignore", ".*tie_word_embeddings")
-            return PeftModel.from_pretrained(model, adapter)
+            adapted = PeftModel.from_pretrained(model, adapter)
+            require_all_used(adapted, adapter)
+            return adapted
     except Exception as error:
         raise ValueError(f"{adapter} holds no adapter for {model_name}: {one_line(error)}") from error
+
+
+def require_all_used(adapted: Any, adapter: str) -> None:
+    """Refuses an adapter with tensors that have no place in the model, which PEFT drops. ValueError names them."""
+    # Only this call of PEFT's, not the one that made the model, returns what had no place.
+    found = adapted.load_adapter(adapter, "default").unexpected_keys
+    prompt = adapted.peft_config["default"].is_prompt_learning
+    surplus = sorted(key.replace(".default", "", 1) for key in found if not (prompt and key in PROMPT_TENSORS))
+    if surplus:
+        raise ValueError(f"it has tensors that the model has no place for: {listed(surplus)}")
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -1,16 +1,25 @@
 """The commands take only checkpoints that hold exactly a causal language model's weights: none is made up."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from cli_cases import assert_same_weights, fail, invoke, small_model, small_tokenizer, succeed, weights, write_corpus
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import minillm
+from minillm.cli.merging import load_adapted
 
+ADAPTER = "adapter_model.safetensors"
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -109,6 +118,51 @@ def test_an_adapter_is_taken_only_whole_and_on_a_whole_base(tied, tmp_path):
     assert f"{base} does not hold exactly" in fail("generate", adapter, "a")
     assert f"{base} does not hold exactly" in fail("export", base, tmp_path / "out", "--adapter", adapter)
     assert not (tmp_path / "out").exists()
+
+
+def surplus_adapters(base, tmp_path):
+    """Adapters of which a part has no place in the base, and the first tensor without one."""
+    tall = save_adapter(save(tmp_path / "tall", num_hidden_layers=3), tmp_path / "of-more-layers")
+    unknown = save_adapter(base, tmp_path / "unknown")
+    edit_weights(unknown, lambda tensors: tensors.update({"odd.lora_A.weight": torch.zeros(2)}), ADAPTER)
+    head = shutil.copytree(unknown, tmp_path / "head")
+    edit_weights(head, lambda tensors: tensors.update({"base_model.model.head.weight": torch.zeros(2)}), ADAPTER)
+    edit_weights(head, lambda tensors: tensors.pop("odd.lora_A.weight"), ADAPTER)
+    for folder in (tall, unknown, head):
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        config["base_model_name_or_path"] = str(base)
+        (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    return {tall: "layers.2.self_attn.q_proj.lora_A", unknown: "odd.lora_A", head: "head.weight"}
+
+
+def test_an_adapter_with_surplus_tensors_is_refused_by_name(tmp_path):
+    base = save(tmp_path / "base")
+    for adapter, name in surplus_adapters(base, tmp_path).items():
+        for command in (
+            ["export", base, tmp_path / "out", "--adapter", adapter],
+            ["export", base, tmp_path / "out", "--adapter", adapter, "--as", "llama"],
+            ["push", adapter, "user/adapter", "--base", "user/base"],
+            ["generate", adapter, "a"],
+        ):
+            told = fail(*command)
+            assert str(adapter) in told and name in told and "weights of a causal" not in told, told
+            assert not (tmp_path / "out").exists()
+
+
+def test_prompts_have_no_surplus_tensors(tmp_path):
+    base = save(tmp_path / "base")
+    for config in (
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2),
+    ):
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        adapted.save_pretrained(tmp_path / "prompt")
+        load_adapted(AutoModelForCausalLM.from_pretrained(base), str(base), str(tmp_path / "prompt"))
+        tensors = load_file(tmp_path / "prompt" / ADAPTER)
+        save_file(tensors | {"odd": torch.zeros(2)}, tmp_path / "prompt" / ADAPTER)
+        with pytest.raises(ValueError, match="no place for: odd"):
+            load_adapted(AutoModelForCausalLM.from_pretrained(base), str(base), str(tmp_path / "prompt"))
 
 
 def test_an_adapter_without_its_base_is_one_line(tmp_path):
