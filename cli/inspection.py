@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from minillm import MiniLLMConfig
 from minillm.capabilities import DIRECTIONS, KINDS, features_of, refusal
 from minillm.cli.console import console, say
-from minillm.cli.loading import adapter_config, load_pretrained
+from minillm.cli.loading import adapter_config, is_missing, load_pretrained
 from minillm.configuration.presets import PRESETS
 from minillm.experiments.cost import read_cost
 from minillm.experiments.reporting import amount, number
@@ -148,8 +148,10 @@ def adapter_words(name: str, adapter: dict[str, Any]) -> dict[str, str]:
     """What an adapter is, topic by topic."""
     base = adapter.get("base_model_name_or_path")
     kind, *others = describe_adapter(adapter).items()
-    words = dict([kind, ("base model", base or "not named"), *others])
-    return words | {"to merge it": f"minillm export {base or 'BASE'} OUT --adapter {name}"}
+    gone = is_missing(base)
+    place = f"{base}, which is missing" if gone else base or "not named"
+    words = dict([kind, ("base model", place), *others])
+    return words | {"to merge it": f"minillm export {'BASE' if gone or not base else base} OUT --adapter {name}"}
 
 
 def print_words(name: str, words: dict[str, str]) -> None:

@@ -24,6 +24,7 @@ from minillm.conversion.files import (
     require_text,
     weight_files,
 )
+from minillm.publishing.cards import is_repository
 
 NAMED_KEYS = 3
 ADAPTER_CONFIG = "adapter_config.json"
@@ -89,6 +90,8 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
     if adapter is None:
         return load_checked(name, **options)
     base = adapter.get("base_model_name_or_path")
+    if is_missing(base):
+        raise ValueError(missing_base(name, base))
     if not allow_adapter:
         raise ValueError(f"{name} is an adapter: merge it with `minillm export {base or 'BASE'} OUT --adapter {name}`")
     if not base:
@@ -96,16 +99,27 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
     try:
         model = load_checked(base, **options)
     except ValueError as error:
-        raise ValueError(
-            f"{name} is an adapter for {base}, which cannot be loaded: {error}. If that model is elsewhere, write its "
-            f"place into {name}/adapter_config.json as base_model_name_or_path, or merge the two with "
-            f"`minillm export BASE OUT --adapter {name}`"
-        ) from error
+        reason = one_line(error).rstrip(".")
+        raise ValueError(f"the base model of the adapter {name} cannot be loaded: {reason}") from error
     with readable_errors(name, "adapter"):
         check_adapter(name)
         found = model.load_adapter(name)
     require_all_weights(name, found.to_dict(), f"an adapter for {base}")
     return model
+
+
+def is_missing(base: str | None) -> bool:
+    """Whether the base model that an adapter names is a folder that is not here."""
+    return bool(base) and not is_repository(base) and not Path(base).exists()
+
+
+def missing_base(name: str, base: str) -> str:
+    """That the base model of an adapter is missing, and what to do."""
+    return (
+        f"{name} is an adapter for {base}, which is missing: if that model is elsewhere, write its place into "
+        f"{name}/{ADAPTER_CONFIG} as base_model_name_or_path, or merge the two with "
+        f"`minillm export BASE OUT --adapter {name}`"
+    )
 
 
 def load_checked(name: str, **options: Any) -> Any:

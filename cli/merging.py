@@ -42,7 +42,7 @@ def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
 
 
 def load_adapted(model: Any, model_name: str, adapter: str) -> Any:
-    """A model with an adapter, all of whose weights were read and used. ValueError if there is no whole one that fits."""
+    """A model with an adapter, all of whose weights were read and used. ValueError if there is none that fits."""
     from peft import PeftModel
 
     try:

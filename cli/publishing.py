@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from minillm.cli.console import one_line, warn
-from minillm.cli.loading import adapter_config, load_checked, load_model, load_pretrained
+from minillm.cli.loading import adapter_config, is_missing, load_checked, load_model, load_pretrained, missing_base
 from minillm.cli.merging import load_adapted, merge_adapter, tolerance
 from minillm.conversion.comparison import difference, few_logits, fits_in_memory
 from minillm.publishing.cards import is_repository
@@ -92,6 +92,8 @@ def load_shared_adapter(name: str, stored: str | None, base: str | None) -> list
         base: what it is to name.
     """
     named = base or stored
+    if base is None and is_missing(stored):
+        raise ValueError(f"{missing_base(name, stored)}; or name its repository, `--base user/base`")
     if not is_repository(named):
         place = named or "BASE"
         raise ValueError(

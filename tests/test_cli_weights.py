@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import minillm
+from minillm.cli.inspection import adapter_words
+from minillm.cli.loading import adapter_config
 from minillm.cli.merging import load_adapted
 
 ADAPTER = "adapter_model.safetensors"
@@ -168,10 +170,23 @@ def test_prompts_have_no_surplus_tensors(tmp_path):
 def test_an_adapter_without_its_base_is_one_line(tmp_path):
     adapter = save_adapter(save(tmp_path / "base"), tmp_path / "adapter")
     shutil.rmtree(tmp_path / "base")
-    told = fail("generate", adapter, "a")
-    assert f"{adapter} is an adapter for {tmp_path / 'base'}, which cannot be loaded" in told
-    assert f"{tmp_path / 'base'} is no folder here" in told
-    assert f"base_model_name_or_path, or merge the two with `minillm export BASE OUT --adapter {adapter}`" in told
+    base, out = tmp_path / "base", tmp_path / "out"
+    missing = (
+        f"error: {adapter} is an adapter for {base}, which is missing: if that model is elsewhere, write its place "
+        f"into {adapter}/adapter_config.json as base_model_name_or_path, or merge the two with "
+        f"`minillm export BASE OUT --adapter {adapter}`"
+    )
+    for command in (("generate", adapter, "a"), ("export", adapter, out), ("train", "--model", adapter, "--out", out)):
+        options = ("--data", write_corpus(tmp_path / "corpus", files=6)) if command[0] == "train" else ()
+        assert fail(*command, *options) == missing
+    assert fail("push", adapter, "user/adapter") == f"{missing}; or name its repository, `--base user/base`"
+    words = adapter_words(str(adapter), adapter_config(str(adapter)))
+    assert words["base model"] == f"{base}, which is missing"
+    assert words["to merge it"] == f"minillm export BASE OUT --adapter {adapter}"
+    base.mkdir()
+    assert f"the base model of the adapter {adapter} cannot be loaded: {base} holds no" in fail(
+        "generate", adapter, "a"
+    )
     (adapter / "adapter_config.json").write_text("{", "utf-8")
     assert "adapter holds no adapter that can be loaded" in fail("generate", adapter, "a")
     (adapter / "adapter_config.json").write_text("{}", "utf-8")
