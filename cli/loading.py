@@ -25,6 +25,7 @@ from minillm.conversion.files import (
     weight_files,
 )
 from minillm.publishing.cards import is_repository
+from minillm.publishing.description import adapter_kind, is_mergeable
 
 NAMED_KEYS = 3
 ADAPTER_CONFIG = "adapter_config.json"
@@ -91,11 +92,17 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
         return load_checked(name, **options)
     base = adapter.get("base_model_name_or_path")
     if is_missing(base):
-        raise ValueError(missing_base(name, base))
+        raise ValueError(missing_base(name, adapter))
+    if not allow_adapter and not is_mergeable(adapter):
+        raise ValueError(f"{unmergeable(name, adapter)}: load both with PEFT")
     if not allow_adapter:
-        raise ValueError(f"{name} is an adapter: merge it with `minillm export {base or 'BASE'} OUT --adapter {name}`")
+        raise ValueError(f"{name} is an adapter: merge it with `{merge_command(name, adapter)}`")
     if not base:
-        raise ValueError(f"{name} is an adapter that names no base model: merge it into one with `minillm export`")
+        merging = f"; or merge the two with `{merge_command(name, adapter)}`" if is_mergeable(adapter) else ""
+        raise ValueError(
+            f"{name} is an adapter that names no base model: write its place into {name}/{ADAPTER_CONFIG} as "
+            f"base_model_name_or_path{merging}"
+        )
     try:
         model = load_checked(base, **options)
     except ValueError as error:
@@ -113,13 +120,24 @@ def is_missing(base: str | None) -> bool:
     return bool(base) and not is_repository(base) and not Path(base).exists()
 
 
-def missing_base(name: str, base: str) -> str:
+def missing_base(name: str, adapter: Mapping[str, Any]) -> str:
     """That the base model of an adapter is missing, and what to do."""
+    merging = f", or merge the two with `{merge_command(name, adapter)}`" if is_mergeable(adapter) else ""
     return (
-        f"{name} is an adapter for {base}, which is missing: if that model is elsewhere, write its place into "
-        f"{name}/{ADAPTER_CONFIG} as base_model_name_or_path, or merge the two with "
-        f"`minillm export BASE OUT --adapter {name}`"
+        f"{name} is an adapter for {adapter['base_model_name_or_path']}, which is missing: if that model is "
+        f"elsewhere, write its place into {name}/{ADAPTER_CONFIG} as base_model_name_or_path{merging}"
     )
+
+
+def merge_command(name: str, adapter: Mapping[str, Any]) -> str:
+    """The command that merges an adapter; `BASE` stands for a base model that is missing or not named."""
+    base = adapter.get("base_model_name_or_path")
+    return f"minillm export {'BASE' if not base or is_missing(base) else base} OUT --adapter {name}"
+
+
+def unmergeable(name: str, adapter: Mapping[str, Any]) -> str:
+    """That an adapter cannot be merged."""
+    return f"{name} is a {adapter_kind(adapter)} adapter, which cannot be merged into weights"
 
 
 def load_checked(name: str, **options: Any) -> Any:

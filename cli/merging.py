@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from minillm.cli.console import one_line, warn
-from minillm.cli.loading import check_adapter, listed
+from minillm.cli.loading import check_adapter, listed, unmergeable
 from minillm.conversion.comparison import TOLERANCE, difference, few_logits
+from minillm.publishing.description import is_mergeable
 
 # The sum is rounded once in the model's dtype, where the adapter beside the weights rounds twice, layer after layer.
 ROUNDINGS = 8
@@ -27,8 +28,8 @@ def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
     """
     adapted = load_adapted(model, model_name, adapter)
     config = adapted.peft_config["default"]
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise ValueError(f"{adapter} is a {config.peft_type} adapter, which cannot be merged into weights")
+    if not is_mergeable(config.to_dict()):
+        raise ValueError(unmergeable(adapter, config.to_dict()))
     base = config.base_model_name_or_path
     if base and resolved(base) != resolved(model_name):
         warn(f"{adapter} was made for {base}, not for {model_name}: the merged model may be of no use")

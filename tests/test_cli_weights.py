@@ -10,9 +10,11 @@ from peft import (
     LoraConfig,
     MultitaskPromptTuningConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
 )
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +22,7 @@ import minillm
 from minillm.cli.inspection import adapter_words
 from minillm.cli.loading import adapter_config
 from minillm.cli.merging import load_adapted
+from minillm.publishing.description import UNMERGEABLE
 
 ADAPTER = "adapter_model.safetensors"
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
@@ -191,6 +194,37 @@ def test_an_adapter_without_its_base_is_one_line(tmp_path):
     assert "adapter holds no adapter that can be loaded" in fail("generate", adapter, "a")
     (adapter / "adapter_config.json").write_text("{}", "utf-8")
     assert "adapter is an adapter that names no base model" in fail("generate", adapter, "a")
+
+
+def test_the_kinds_that_cannot_be_merged_are_those_of_peft():
+    refused = {
+        kind.value for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if not hasattr(tuner, "merge_and_unload")
+    }
+    # It has the method, and refuses.
+    assert {kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING} & UNMERGEABLE == refused | {"SHADOW"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("PROMPT_TUNING", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        ("PREFIX_TUNING", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        ("P_TUNING", PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8)),
+        ("LORA", LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[1])),
+    ],
+)
+def test_what_stays_an_adapter_is_not_promised_as_a_model(kind, config, tmp_path):
+    base, adapter = save(tmp_path / "base"), tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
+    refusal = f"error: {adapter} is a {kind} adapter, which cannot be merged into weights"
+    assert fail("export", base, tmp_path / "out", "--adapter", adapter) == refusal
+    assert fail("export", adapter, tmp_path / "out") == f"{refusal}: load both with PEFT"
+    card = (adapter / "README.md").read_text("utf-8")
+    assert "it loads without `trust_remote_code`.\n" in card
+    told = [card, succeed("info", adapter), fail("push", adapter, "user/adapter")]
+    shutil.rmtree(base)
+    told += [fail(*command) for command in (("generate", adapter, "a"), ("push", adapter, "user/adapter"))]
+    assert not [text for text in told if "minillm export" in text or "merge" in text]
 
 
 def test_an_adapter_of_another_base_is_merged_with_a_warning(tmp_path):
