@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from minillm.cli.console import one_line
@@ -29,6 +29,7 @@ from minillm.publishing.description import adapter_kind, is_mergeable
 
 NAMED_KEYS = 3
 ADAPTER_CONFIG = "adapter_config.json"
+TOKENIZER_FILES = ("tokenizer*", "vocab*")
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -90,19 +91,13 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
     adapter = adapter_config(name)
     if adapter is None:
         return load_checked(name, **options)
-    base = adapter.get("base_model_name_or_path")
-    if is_missing(base):
+    if is_missing(adapter.get("base_model_name_or_path")):
         raise ValueError(missing_base(name, adapter))
     if not allow_adapter and not is_mergeable(adapter):
         raise ValueError(f"{unmergeable(name, adapter)}: load both with PEFT")
     if not allow_adapter:
         raise ValueError(f"{name} is an adapter: merge it with `{merge_command(name, adapter)}`")
-    if not base:
-        merging = f"; or merge the two with `{merge_command(name, adapter)}`" if is_mergeable(adapter) else ""
-        raise ValueError(
-            f"{name} is an adapter that names no base model: write its place into {name}/{ADAPTER_CONFIG} as "
-            f"base_model_name_or_path{merging}"
-        )
+    base = base_of(name, adapter)
     try:
         model = load_checked(base, **options)
     except ValueError as error:
@@ -113,6 +108,52 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
         found = model.load_adapter(name)
     require_all_weights(name, found.to_dict(), f"an adapter for {base}")
     return model
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer of a model, or of an adapter: its base model's where it holds none, as PEFT saves it.
+
+    Args:
+        name: folder or repository.
+        options: for `from_pretrained`.
+
+    Raises:
+        ValueError: there is none, it cannot be loaded, or an adapter's base model is missing or not named.
+    """
+    adapter = adapter_config(name)
+    if adapter is None:
+        return load_pretrained(AutoTokenizer, name, "tokenizer", **options)
+    base = base_of(name, adapter)
+    if not lacks_tokenizer(name):
+        try:
+            return load_pretrained(AutoTokenizer, name, "tokenizer", **options)
+        except ValueError:
+            # What a repository holds is known by trying.
+            if Path(name).is_dir():
+                raise
+    if lacks_tokenizer(base):
+        raise ValueError(f"neither the adapter {name} nor its base model {base} holds a tokenizer")
+    return load_pretrained(AutoTokenizer, base, "tokenizer", **options)
+
+
+def lacks_tokenizer(name: str) -> bool:
+    """Whether a place is a folder without any file of a tokenizer."""
+    folder = Path(name)
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
+def base_of(name: str, adapter: Mapping[str, Any]) -> str:
+    """The base model that an adapter names. ValueError if it names none, or a folder that is not here."""
+    base = adapter.get("base_model_name_or_path")
+    if is_missing(base):
+        raise ValueError(missing_base(name, adapter))
+    if not base:
+        merging = f", or merge the two with `{merge_command(name, adapter)}`" if is_mergeable(adapter) else ""
+        raise ValueError(
+            f"{name} is an adapter that names no base model: write its place into {name}/{ADAPTER_CONFIG} as "
+            f"base_model_name_or_path{merging}"
+        )
+    return base
 
 
 def is_missing(base: str | None) -> bool:

@@ -196,6 +196,24 @@ def test_an_adapter_without_its_base_is_one_line(tmp_path):
     assert "adapter is an adapter that names no base model" in fail("generate", adapter, "a")
 
 
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path):
+    base = save(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    wanted = succeed("generate", adapter, "def a(", "--max-new-tokens", 4)
+    for file in adapter.glob("token*"):
+        file.unlink()
+    assert succeed("generate", adapter, "def a(", "--max-new-tokens", 4) == wanted
+    for file in base.glob("token*"):
+        file.unlink()
+    assert fail("generate", adapter, "a") == (
+        f"error: neither the adapter {adapter} nor its base model {base} holds a tokenizer"
+    )
+    shutil.rmtree(base)
+    assert f"is an adapter for {base}, which is missing" in fail("generate", adapter, "a")
+    (adapter / "adapter_config.json").write_text("{}", "utf-8")
+    assert "adapter that names no base model: write its place into" in fail("generate", adapter, "a")
+
+
 def test_the_kinds_that_cannot_be_merged_are_those_of_peft():
     refused = {
         kind.value for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if not hasattr(tuner, "merge_and_unload")
