@@ -1,8 +1,10 @@
 """Loading models, tokenizers and checkpoints, with one readable error for whatever is wrong with them."""
 
 import contextlib
+import dataclasses
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
-from minillm.cli.console import one_line
+from minillm.cli.console import one_line, warn
 from minillm.conversion.checkpoint import CONFIG_NAME, Checkpoint, require_weights
 from minillm.conversion.files import (
     SETTINGS,
@@ -104,8 +106,11 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
         reason = one_line(error).rstrip(".")
         raise ValueError(f"the base model of the adapter {name} cannot be loaded: {reason}") from error
     with readable_errors(name, "adapter"):
-        check_adapter(name)
-        found = model.load_adapter(name)
+        check_adapter(name, model.config)
+        with warnings.catch_warnings():
+            # In one line, it was said already.
+            warnings.filterwarnings("ignore", ".*Unexpected keyword arguments")
+            found = model.load_adapter(name)
     require_all_weights(name, found.to_dict(), f"an adapter for {base}")
     return model
 
@@ -229,15 +234,22 @@ def adapter_config(name: str) -> dict[str, Any] | None:
         return None if file is None else read_json(Path(file))
 
 
-def check_adapter(name: str) -> None:
+def check_adapter(name: str, base: Any) -> None:
     """Looks at the files of an adapter before PEFT does, which believes the sizes in them.
+
+    Args:
+        name: folder or repository; of the latter, only the settings are looked at.
+        base: the config of the model that it is for.
 
     Raises:
         ValueError: one is missing or damaged, or they do not fit.
     """
+    config = adapter_config(name)
+    if config is not None:
+        check_adapter_settings(f"{name}/{ADAPTER_CONFIG}", config, getattr(base, "num_hidden_layers", None))
     if not Path(name).is_dir():
         return
-    config = read_settings(Path(name), SETTINGS["adapter"]).get(ADAPTER_CONFIG, {})
+    config = config or {}
     headers = {
         key: header
         for file in weight_files(Path(name), ("adapter_model.safetensors", "adapter_model.bin"))
@@ -250,6 +262,43 @@ def check_adapter(name: str) -> None:
             raise ValueError(
                 f"{Path(name) / 'adapter_config.json'}: `{key}={rank}`, but no tensor has more than {most} rows"
             )
+
+
+def check_adapter_settings(place: str, config: Mapping[str, Any], layers: int | None) -> None:
+    """Refuses, by their names, values of which PEFT says little; warns of names that it passes over.
+
+    Args:
+        layers: how many the model has; None where that is not known.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = config.get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{place}: `peft_type={kind!r}` is no kind of adapter that PEFT knows")
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := config.get(key), str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{place}: `{key}={pattern!r}` is no regular expression: {error}") from error
+    replication = config.get("layer_replication")
+    if replication and not is_replication(replication, layers):
+        most = "" if layers is None else f", of {layers} layers"
+        raise ValueError(f"{place}: `layer_replication={replication!r}` must be a list of [first, end]{most}")
+    known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    if unknown := sorted(set(config) - known):
+        warn(f"{place}: PEFT does not know {', '.join(unknown)} and goes on without")
+
+
+def is_replication(value: Any, layers: int | None) -> bool:
+    """Whether a value is a list of ranges of layers, each a first one and an end that is not in it."""
+    return isinstance(value, list) and all(
+        isinstance(span, list)
+        and len(span) == 2
+        and all(type(number) is int for number in span)
+        and 0 <= span[0] < span[1] <= (span[1] if layers is None else layers)
+        for span in value
+    )
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

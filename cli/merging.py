@@ -47,10 +47,12 @@ def load_adapted(model: Any, model_name: str, adapter: str) -> Any:
     from peft import PeftModel
 
     try:
-        check_adapter(adapter)
+        check_adapter(adapter, model.config)
         with warnings.catch_warnings():
             # PEFT makes up what an adapter lacks.
             warnings.filterwarnings("error", ".*missing adapter keys")
+            # In one line, it was said already.
+            warnings.filterwarnings("ignore", ".*Unexpected keyword arguments")
             # It advises to do what is done here.
             warnings.filterwarnings("ignore", ".*tie_word_embeddings")
             adapted = PeftModel.from_pretrained(model, adapter)

@@ -125,6 +125,11 @@ def test_an_adapter_is_taken_only_whole_and_on_a_whole_base(tied, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def edit_config(folder, key, value):
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}), "utf-8")
+
+
 def surplus_adapters(base, tmp_path):
     """Adapters of which a part has no place in the base, and the first tensor without one."""
     tall = save_adapter(save(tmp_path / "tall", num_hidden_layers=3), tmp_path / "of-more-layers")
@@ -134,9 +139,7 @@ def surplus_adapters(base, tmp_path):
     edit_weights(head, lambda tensors: tensors.update({"base_model.model.head.weight": torch.zeros(2)}), ADAPTER)
     edit_weights(head, lambda tensors: tensors.pop("odd.lora_A.weight"), ADAPTER)
     for folder in (tall, unknown, head):
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        config["base_model_name_or_path"] = str(base)
-        (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+        edit_config(folder, "base_model_name_or_path", str(base))
     return {tall: "layers.2.self_attn.q_proj.lora_A", unknown: "odd.lora_A", head: "head.weight"}
 
 
@@ -212,6 +215,35 @@ def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path):
     assert f"is an adapter for {base}, which is missing" in fail("generate", adapter, "a")
     (adapter / "adapter_config.json").write_text("{}", "utf-8")
     assert "adapter that names no base model: write its place into" in fail("generate", adapter, "a")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("peft_type", "ZZZ", "'ZZZ'` is no kind of adapter that PEFT knows"),
+        ("target_modules", "(((", "'((('` is no regular expression: missing )"),
+        ("layer_replication", [[0, 10**7]], "[[0, 10000000]]` must be a list of [first, end], of 2 layers"),
+        ("layer_replication", [0, 2], "[0, 2]` must be a list of [first, end], of 2 layers"),
+    ],
+)
+def test_a_setting_of_an_adapter_is_refused_by_name(key, value, words, tmp_path):
+    base = save(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    edit_config(adapter, key, value)
+    for command in (["export", base, tmp_path / "out", "--adapter", adapter], ["generate", adapter, "a"]):
+        assert f"{adapter}/adapter_config.json: `{key}={words}" in fail(*command)
+
+
+def test_a_setting_that_peft_does_not_know_is_one_line_of_warning(tmp_path):
+    base = save(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    edit_config(adapter, "odd", 5)
+    for command in (["export", base, tmp_path / "out", "--adapter", adapter], ["generate", adapter, "a"]):
+        result = invoke(*command)
+        assert result.exit_code == 0, result.output
+        assert result.stderr == (
+            f"warning: {adapter}/adapter_config.json: PEFT does not know odd and goes on without\n"
+        )
 
 
 def test_the_kinds_that_cannot_be_merged_are_those_of_peft():
