@@ -1,5 +1,6 @@
 """A family as data: how its config keys and tensor names map to MiniLLM's, read in both directions."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -206,11 +207,16 @@ class Family:
     def _complete(self, raw: dict[str, Any]) -> dict[str, Any]:
         """The config with every default filled in, old spellings read as transformers reads them."""
         if self.defaults is not None:
-            return {**self.defaults, **raw}
+            return copy.deepcopy({**self.defaults, **raw})
         try:
-            return CONFIG_MAPPING[self.model_type].from_dict(raw).to_dict()
+            return self.native_config(raw).to_dict()
         except (ValueError, *MISREAD) as error:
             raise ConversionError(f"this is no valid {self.name} config: {error}") from error
+
+    def native_config(self, raw: dict[str, Any]) -> PreTrainedConfig:
+        """transformers' own config of a native config.json, which stays as it is; errors are those of transformers."""
+        # Its classes write their defaults into nested dictionaries, and those may be a config's own.
+        return CONFIG_MAPPING[self.model_type].from_dict(copy.deepcopy(raw))
 
     def _refuse_unknown(self, raw: dict[str, Any]) -> None:
         known = GENERIC_KEYS | self.ignored | set(self.keys) | set(self.required)

@@ -1,16 +1,19 @@
 """What a conversion does not honour is refused by name: keys of other families, tensors that are no weights."""
 
+import contextlib
+import copy
 import json
 
 import pytest
 import torch
 from conversion_cases import edit_json, logits_of, save_native
-from native_families import CASES, LLAMA, native_model
+from native_families import CASES, LLAMA, fill_loudly, native_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.conversion import ConversionError, convert, export, load
+from minillm.conversion import FAMILIES, ConversionError, convert, export, load
+from minillm.conversion.family import Family
 
 
 @pytest.fixture
@@ -72,6 +75,52 @@ def test_rope_on_a_part_of_the_head_is_no_llama(tmp_path):
     with pytest.raises(ConversionError, match=r"no llama.*partial_rotary_factor'\]=0\.5"):
         export(tmp_path / "ours", tmp_path / "out", "llama")
     assert not (tmp_path / "out").exists()
+
+
+def whole_heads_of_glm():
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return MiniLLMConfig(
+        **LLAMA, num_key_value_heads=2, attention_qkv_bias=True, rope_interleaved=True, rope_parameters=rope
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_writing_a_config_leaves_its_source_as_it_is(family):
+    config = whole_heads_of_glm()
+    before = copy.deepcopy(config.to_dict())
+    with contextlib.suppress(ConversionError):
+        FAMILIES[family].write_config(config)
+    assert config.to_dict() == before
+    native = {"model_type": FAMILIES[family].model_type, "rope_parameters": {"rope_theta": 500.0}}
+    with contextlib.suppress(ConversionError):
+        FAMILIES[family].read_config(native)
+    assert native["rope_parameters"] == {"rope_theta": 500.0}
+
+
+def test_whole_heads_are_no_glm_unless_they_say_so(tmp_path):
+    """transformers' GLM turns half of each head where nothing is said."""
+    ours = fill_loudly(MiniLLMForCausalLM(whole_heads_of_glm()))
+    ours.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConversionError, match=r"no glm; in the way: `rope_parameters=.*'partial_rotary_factor': 0\.5"):
+        export(tmp_path / "ours", tmp_path / "out", "glm")
+    assert not (tmp_path / "out").exists()
+    said = {**ours.config.rope_parameters, "partial_rotary_factor": 1.0}
+    export(tmp_path / "ours", tmp_path / "out", "glm", rope_parameters=said)
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits_of(ours))
+    assert set(said) == {"rope_type", "rope_theta", "partial_rotary_factor"}
+
+
+def test_an_export_is_compared_with_the_config_of_its_source(tmp_path, monkeypatch):
+    write = Family.write_config
+
+    def changed(self, config):
+        config.rope_parameters["rope_theta"] = 5.0
+        return write(self, config)
+
+    fill_loudly(MiniLLMForCausalLM(MiniLLMConfig(**LLAMA))).save_pretrained(tmp_path / "ours")
+    monkeypatch.setattr(Family, "write_config", changed)
+    with pytest.raises(ConversionError, match="differs from its source"):
+        export(tmp_path / "ours", tmp_path / "out", "llama")
 
 
 @pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
