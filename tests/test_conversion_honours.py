@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -108,6 +109,31 @@ def test_whole_heads_are_no_glm_unless_they_say_so(tmp_path):
     export(tmp_path / "ours", tmp_path / "out", "glm", rope_parameters=said)
     torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits_of(ours))
     assert set(said) == {"rope_type", "rope_theta", "partial_rotary_factor"}
+
+
+NTK = {"rope_type": "ntk", "rope_theta": 10000.0, "factor": 2.0}
+OF_OUR_OWN = {
+    "gtu": ({"hidden_act": "gtu"}, "`hidden_act='gtu'`"),
+    "bilinear": ({"hidden_act": "bilinear"}, "`hidden_act='bilinear'`"),
+    "ntk": ({"rope_parameters": NTK}, "`rope_parameters['rope_type']='ntk'`"),
+}
+
+
+@pytest.mark.parametrize("case", OF_OUR_OWN)
+@pytest.mark.parametrize("name", ["llama", "mixtral", "glm", "falcon_7b"])
+def test_what_only_minillm_has_is_no_other_family(name, case, tmp_path):
+    changes, words = OF_OUR_OWN[case]
+    family = CASES[name][0]
+    save_native(tmp_path / "native", name)
+    if family != "falcon" or case == "ntk":
+        fields = load(tmp_path / "native").config.to_dict() | {"derived_fields": None} | changes
+        config = MiniLLMConfig.from_dict(fields)
+        with pytest.raises(ConversionError, match=rf"no {family}; in the way: {re.escape(words)} \(only MiniLLM"):
+            FAMILIES[family].write_config(config)
+    native = {"activation" if family == "falcon" and key == "hidden_act" else key: changes[key] for key in changes}
+    edit_json(tmp_path / "native" / "config.json", **native)
+    with pytest.raises(ConversionError, match=rf"{re.escape(words)} in a {family} config"):
+        load(tmp_path / "native")
 
 
 def test_an_export_is_compared_with_the_config_of_its_source(tmp_path, monkeypatch):
