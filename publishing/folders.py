@@ -156,9 +156,12 @@ def require_free(folder: str | Path, model_type: str | None = None, overwrite: b
         overwrite: a folder with such a model, an adapter or a tokenizer, and nothing else, counts as free.
 
     Raises:
-        ValueError: a file stands there, or a folder that is not empty and not to be replaced.
+        ValueError: a file stands there, or a folder that is not empty and not to be replaced, or, with `model_type`, a
+            link.
     """
     folder = Path(folder)
+    if model_type is not None and folder.is_symlink():
+        raise ValueError(f"{folder} is a link to {os.readlink(folder)}: name the folder itself, or choose another one")
     above = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not above.is_dir():
         raise ValueError(f"{above} is a file: choose another folder")
@@ -181,8 +184,6 @@ def content(folder: Path) -> set[str]:
 
 def why_kept(folder: Path, model_type: str) -> str | None:
     """Why a folder may not be replaced; None if it holds a model of this type, an adapter or a tokenizer only."""
-    if folder.is_symlink():
-        return f"a link to {folder.resolve()}"
     names = {name for name in content(folder) if not (folder / name).is_dir()}
     foreign = sorted(content(folder) - files_of_a_model(folder, names))
     if foreign:

@@ -571,6 +571,22 @@ def test_empty_folders_and_links_to_them_are_free(tmp_path):
     assert tree(tmp_path) == ["empty", "empty/file", "link", "missing", "missing/file", "nowhere"]
 
 
+@pytest.mark.parametrize("target", ["empty", "missing", "model"])
+def test_conversions_refuse_a_link(target, things, tmp_path):
+    (tmp_path / "empty").mkdir()
+    model(0).save_pretrained(tmp_path / "model")
+    (tmp_path / "link").symlink_to(target)
+    before = tree(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=rf"link is a link to {target}"):
+            convert(things / "llama", tmp_path / "link", overwrite=overwrite)
+        with pytest.raises(ValueError, match=rf"link is a link to {target}"):
+            export(things / "model", tmp_path / "link", "llama", overwrite=overwrite)
+    for command in ("convert", "export --as"):
+        assert "link is " in fail(*commands(things, tmp_path / "link")[command])
+    assert tree(tmp_path) == before
+
+
 def test_a_report_replaces_only_a_report(things, tmp_path):
     (tmp_path / "report.md").write_text("# My report\n", "utf-8")
     report = commands(things, tmp_path)["tokenizer report"]
