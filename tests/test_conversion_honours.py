@@ -49,6 +49,27 @@ def test_bloom_in_slices_is_refused(tmp_path):
     torch.testing.assert_close(logits_of(found), logits_of(native))
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("qk_gn", True),
+        ("sliding_window_size", 4),
+        ("kv_n_heads", 2),
+        ("foo", 1),
+        ("attn_type", "multiquery_attention"),
+    ],
+)
+def test_unknown_keys_of_mpts_attention_are_named(key, value, tmp_path):
+    native = save_native(tmp_path / "native", "mpt_odd_heads")
+    config = tmp_path / "native" / "config.json"
+    attention = json.loads(config.read_text("utf-8"))["attn_config"]
+    edit_json(config, attn_config={**attention, "attn_impl": "triton", "attn_uses_sequence_id": False})
+    torch.testing.assert_close(logits_of(load(tmp_path / "native")), logits_of(native))
+    edit_json(config, attn_config={**attention, key: value})
+    with pytest.raises(ConversionError, match=re.escape(f"attn_config[{key!r}]={value!r}")):
+        load(tmp_path / "native")
+
+
 @pytest.mark.parametrize("name", ["llama", "falcon_7b", "falcon_40b", "mixtral"])
 @pytest.mark.parametrize("inside", [True, False], ids=["in_rope_parameters", "beside"])
 def test_rope_on_a_part_of_the_head_is_refused_where_the_family_does_not_read_it(name, inside, tmp_path):
