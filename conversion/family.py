@@ -38,6 +38,7 @@ NOT_COMPARED = frozenset(
 
 LINE_BREAK = re.compile(r"\s*\n\s*")
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 NAMED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -140,6 +141,8 @@ class Family:
                     f"`{key}={values[key]!r}` in a {self.name} config: only {' or '.join(map(repr, allowed))} can be "
                     "converted"
                 )
+        if missing := [key for key, names in self.keys.items() if names in SIZES and values.get(key) is None]:
+            raise ConversionError(f"the {self.name} config lacks `{missing[0]}`, which has no default")
         found: dict[str, Any] = {}
         for key, names in self.keys.items():
             if key in values:

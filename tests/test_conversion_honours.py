@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,14 @@ from transformers import AutoModelForCausalLM
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.conversion import FAMILIES, ConversionError, convert, export, load
 from minillm.conversion.family import Family
+
+FIXTURES = Path(__file__).parent / "families"
+FAMILY_OF = {
+    "chatglm-6b": "chatglm",
+    "chatglm2-6b": "chatglm2",
+    "glm-10b": "glm-infilling",
+    "baichuan-7b": "baichuan",
+}
 
 
 @pytest.fixture
@@ -68,6 +77,18 @@ def test_unknown_keys_of_mpts_attention_are_named(key, value, tmp_path):
     edit_json(config, attn_config={**attention, key: value})
     with pytest.raises(ConversionError, match=re.escape(f"attn_config[{key!r}]={value!r}")):
         load(tmp_path / "native")
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm2-6b", "glm-10b", "baichuan-7b"])
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_layers"])
+def test_sizes_without_a_default_are_asked_for(name, key, tmp_path):
+    raw = json.loads((FIXTURES / name / "config.json").read_text("utf-8"))
+    key = "num_hidden_layers" if name == "baichuan-7b" and key == "num_layers" else key
+    family = FAMILIES[FAMILY_OF[name]]
+    family.read_config(raw)
+    for lacking in ({other: raw[other] for other in raw if other != key}, {**raw, key: None}):
+        with pytest.raises(ConversionError, match=rf"lacks `{key}`, which has no default"):
+            family.read_config(lacking)
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon_7b", "falcon_40b", "mixtral"])
