@@ -86,6 +86,7 @@ def reserved(folder: str | Path, brief: bool = False) -> Iterator[None]:
 
     Raises:
         FolderInUse: somebody else writes it.
+        OSError: nothing can be written beside it, or a file or a link has the name of its unfinished content.
     """
     folder = Path(folder).resolve()
     key = (folder, os.getpid(), threading.get_ident())
@@ -101,7 +102,7 @@ def reserved(folder: str | Path, brief: bool = False) -> Iterator[None]:
             note = {"pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "brief": brief}
             with contextlib.suppress(OSError):
                 path.write_text(json.dumps(note), "utf-8")
-            shutil.rmtree(beside(folder, "partial"), ignore_errors=True)
+            remove_partial(beside(folder, "partial"))
             yield
         finally:
             _held.remove(key)
@@ -109,6 +110,15 @@ def reserved(folder: str | Path, brief: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()
             lock.release()
+
+
+def remove_partial(partial: Path) -> None:
+    """Removes what a killed process left. FileExistsError where something else has its name."""
+    if partial.is_symlink() or partial.is_file():
+        what = "a link" if partial.is_symlink() else "a file"
+        words = f"{what} stands where unfinished content is put: move it away, or choose another folder"
+        raise FileExistsError(errno.EEXIST, words, str(partial))
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -134,6 +144,9 @@ def acquire(lock: FileLock, folder: Path, brief: bool) -> None:
             holder = read_note(Path(lock.lock_file))
         # A holder has not written its note in its first moment.
         known = holder or time.monotonic() - started > PATIENCE
+        if known and not holder and not os.path.lexists(lock.lock_file):
+            words = "no file can be made here: choose another folder"
+            raise PermissionError(errno.EACCES, words, str(Path(lock.lock_file).parent))
         if known and not (brief and holder.get("brief", True)):
             who = f"process {holder['pid']} since {holder['since']}" if holder else "another process"
             raise FolderInUse(f"{folder} is being written by {who}: wait until it ends, or choose another folder")

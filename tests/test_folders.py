@@ -587,6 +587,26 @@ def test_conversions_refuse_a_link(target, things, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_has_the_name_of_unfinished_content_is_named_and_stays(kind, things, tmp_path):
+    partial = tmp_path / ".out.partial"
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        partial.symlink_to("elsewhere")
+    else:
+        partial.write_text("mine", "utf-8")
+    before = tree(tmp_path)
+    told = fail(*commands(things, tmp_path / "out")["convert"])
+    assert f"a {kind} stands where unfinished content is put: move it away" in told and ".out.partial" in told
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_place_where_no_file_can_be_made_is_no_folder_in_use():
+    with pytest.raises(PermissionError, match=r"no file can be made here.*/proc"), reserved("/proc/x"):
+        pass
+
+
 def test_a_report_replaces_only_a_report(things, tmp_path):
     (tmp_path / "report.md").write_text("# My report\n", "utf-8")
     report = commands(things, tmp_path)["tokenizer report"]
