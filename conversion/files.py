@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+from minillm import MiniLLMConfig
 from minillm.configuration.saved_values import refuse_impossible
 from minillm.conversion.family import ConversionError
 
@@ -33,10 +34,11 @@ IMPOSTORS = {
 }
 UNPICKLED = re.compile(r"GLOBAL (\S+)")
 
+CONFIG_NAME = "config.json"
 SETTINGS = {
-    "config": ("config.json",),
-    "model": ("config.json", "generation_config.json"),
-    "tokenizer": ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "config": (CONFIG_NAME,),
+    "model": (CONFIG_NAME, "generation_config.json"),
+    "tokenizer": (CONFIG_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "adapter": ("adapter_config.json",),
 }
 """Mappings that transformers and PEFT read from a folder, where they are there, to load such a thing."""
@@ -143,17 +145,30 @@ def read_settings(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any
     Raises:
         ConversionError: one is damaged, or holds a value of a type that its readers fail over.
     """
-    found = {name: read_json(folder / name) for name in names if exists(folder / name)}
+    readers = {CONFIG_NAME: read_config}
+    found = {name: readers.get(name, read_json)(folder / name) for name in names if exists(folder / name)}
     for name, content in found.items():
         for key, kinds in KINDS.get(name, {}).items():
             value = content.get(key)
             wrong = isinstance(value, bool) and bool not in kinds
             if value is not None and (wrong or not isinstance(value, kinds) or value != value):
                 raise ConversionError(f"{folder / name}: `{key}={value!r}` must be {in_words(kinds)}")
-        if name == "config.json":
-            with faults_of(folder / name):
-                refuse_impossible(content)
     return found
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of a `config.json`.
+
+    Raises:
+        ConversionError: it is damaged, holds what `refuse_impossible` refuses or, of a MiniLLM, what its config does.
+    """
+    content = read_json(file)
+    with faults_of(file):
+        refuse_impossible(content)
+        if content.get("model_type") == MiniLLMConfig.model_type:
+            # Whoever loads a tokenizer beside it reads it as a config of no model in particular.
+            MiniLLMConfig.from_json_file(file)
+    return content
 
 
 def in_words(kinds: tuple[type, ...]) -> str:
@@ -179,9 +194,13 @@ def weight_files(folder: Path, names: Iterable[str] = ("model.safetensors", "pyt
 
 def shards(index: Path, suffix: str) -> list[Path]:
     """The files that an index names, each once. Errors are those of `weight_files`."""
-    found = read_json(index).get("weight_map")
+    content = read_json(index)
+    found, facts = content.get("weight_map"), content.get("metadata", {})
     if not isinstance(found, dict) or not found:
         raise ConversionError(f"{index} holds no `weight_map` from tensors to files")
+    if not isinstance(facts, dict):
+        # transformers writes into it.
+        raise ConversionError(f"{index}: `metadata={facts!r}` must be a mapping: write {{}}")
     for tensor, name in found.items():
         if not isinstance(name, str) or re.search(r"[/\\]", name) or Path(name).suffix != suffix:
             raise ConversionError(f"{index} has `{tensor}` in {name!r}, which is no {suffix} file of its folder")

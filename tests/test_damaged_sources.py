@@ -217,6 +217,8 @@ INDICES = {
     "number": (index(weight_map={"a": 3}), (INDEX, "`a` in 3")),
     "pickle": (index(weight_map={"a": "a.bin"}), (INDEX, "no .safetensors file")),
     "json-list": (put(INDEX, b"[]"), (INDEX, "holds no mapping")),
+    "facts": (index(metadata=5), (INDEX, "`metadata=5` must be a mapping")),
+    "no-facts": (index(metadata=None), (INDEX, "`metadata=None` must be a mapping")),
     "deep": (put(INDEX, DEEP), (INDEX, "nested too deeply")),
     "missing-shard": (lambda folder: shard(folder, 0).unlink(), (INDEX, "names model-00001-of", "lacks")),
     "same-tensors": (lambda folder: shutil.copy(shard(folder, 0), shard(folder, 1)), ("stands in", "-00002-of-")),
@@ -339,6 +341,34 @@ def test_values_without_weights(case, copy, tmp_path):
     assert_refused(words, tmp_path, "info", folder / "config.json")
     assert_one_line(words, MiniLLMConfig.from_pretrained, folder)
     assert_one_line(words[1:], AutoModelForCausalLM.from_pretrained, folder)
+
+
+GENERATED = {
+    "text": ({"initializer_range": float("inf")}, "initializer_range=inf"),
+    "rope": ({"rope_parameters": 5}, "'rope_parameters'"),
+    "rope-base": ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "['rope_theta']=nan"),
+    "rope-type": ({"rope_parameters": {"rope_type": ["x"], "rope_theta": "a"}}, "['rope_type']=['x']"),
+    "rope-factor": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 1e308, "original_max_position_embeddings": 64}},
+        "['factor']=1e+308",
+    ),
+    "newer": ({"schema_version": 99}, "schema_version=99"),
+    "code": ({"auto_map": 5}, "auto_map=5"),
+    "class": ({"auto_map": {"AutoConfig": 5}}, "auto_map['AutoConfig']=5"),
+}
+
+
+@pytest.mark.parametrize("case", GENERATED)
+def test_values_of_a_config_beside_a_tokenizer(case, copy, tmp_path):
+    """The config is to blame, in one line, whatever is loaded first."""
+    folder, (changes, words) = copy("ours"), GENERATED[case]
+    edit_json(folder / "config.json", **changes)
+    (tmp_path / "text.txt").write_text("a b c " * 99, "utf-8")
+    words = [str(folder / "config.json"), words]
+    assert_refused(words, tmp_path, "generate", folder, "a")
+    assert_refused(words, tmp_path, "info", folder)
+    assert_refused(words, tmp_path, "info", folder / "config.json")
+    assert_refused(words, tmp_path, "tokenizer", "report", folder, tmp_path / "text.txt")
 
 
 # --- what stands beside ---
