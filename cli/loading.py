@@ -16,6 +16,7 @@ from minillm.cli.console import one_line
 from minillm.conversion.checkpoint import Checkpoint, require_weights
 from minillm.conversion.files import (
     SETTINGS,
+    exists,
     read_config,
     read_headers,
     read_json,
@@ -70,6 +71,8 @@ def load_pretrained(loader: Any, name: str, what: str, **options: Any) -> Any:
             read_settings(Path(name), SETTINGS[what])
             if what == "tokenizer":
                 require_text(Path(name) / "chat_template.jinja")
+                if exists(file := Path(name) / "tokenizer.json"):
+                    require_file(file)
         elif Path(name).exists():
             (read_config if what == "config" else read_json)(Path(name))
         return loader.from_pretrained(name, **options)

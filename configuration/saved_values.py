@@ -1,6 +1,7 @@
 """What no saved config of any model holds, and what transformers would act on before it looks."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 MOST_LABELS = 10_000_000
@@ -34,6 +35,13 @@ def refuse_impossible(raw: Mapping[str, Any]) -> None:
     labels = raw.get("num_labels")
     if labels is not None and not (isinstance(labels, int) and 0 <= labels <= MOST_LABELS):
         raise ValueError(f"`num_labels={labels!r}` must be a number up to {MOST_LABELS:,}: leave it out")
+
+
+def what_stands(place: Path) -> str:
+    """What stands in the place of a file, in words, where it is none."""
+    if place.is_dir():
+        return "a folder"
+    return "a link to nowhere" if place.is_symlink() and not place.exists() else "no file"
 
 
 def one_line(error: object) -> str:

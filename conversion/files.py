@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from minillm import MiniLLMConfig
-from minillm.configuration.saved_values import refuse_impossible
+from minillm.configuration.saved_values import refuse_impossible, what_stands
 from minillm.conversion.family import ConversionError
 
 LARGEST_JSON = 1 << 28
@@ -93,8 +93,7 @@ def require_file(file: Path) -> Path:
     if not exists(file):
         raise ConversionError(f"{file.parent} holds no {file.name}")
     if not file.is_file():
-        what = "a folder" if file.is_dir() else "a link to nowhere" if file.is_symlink() else "no file"
-        raise ConversionError(f"{file} is {what}")
+        raise ConversionError(f"{file} is {what_stands(file)}")
     start = first_bytes(file).lstrip().lower()
     for mark, words in IMPOSTORS.items():
         if start.startswith(mark):

@@ -1,6 +1,7 @@
 """Damaged files of others: one line that names the file and the fault, at once, and nothing is written."""
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -105,6 +106,16 @@ def as_circle(name):
     def damage(folder):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(name)
+
+    return damage
+
+
+def as_device(name):
+    """A link to what never ends."""
+
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("/dev/zero")
 
     return damage
 
@@ -241,6 +252,8 @@ JSON = {
     "broken": (b"{", "cannot be read"),
     "empty": (b"", "is empty"),
     "list": (b"[1]", "holds no mapping"),
+    "empty-list": (b"[]", "holds no mapping"),
+    "null": (b"null", "holds no mapping"),
     "number": (b"3", "holds no mapping"),
     "page": (PAGE, "a web page"),
     "pointer": (POINTER, "Git LFS pointer"),
@@ -251,6 +264,7 @@ PLACES = {
     "folder": (as_folder, "is a folder"),
     "circle": (as_circle, "a link to nowhere"),
     "pipe": (as_pipe, "no file"),
+    "device": (as_device, "no file"),
 }
 
 
@@ -271,8 +285,25 @@ def test_a_config_that_cannot_be_read(case, copy, tmp_path):
     assert_refused(words, tmp_path, "export", ours, tmp_path / "out", "--as", "llama")
     for arguments in (("info", ours), ("generate", ours, "a"), ("export", ours, tmp_path / "out")):
         assert_refused(words, tmp_path, *arguments)
-    if case not in PLACES:
-        assert_one_line([str(ours)], MiniLLMConfig.from_pretrained, ours)
+    assert_one_line([str(ours)], MiniLLMConfig.from_pretrained, ours)
+    if case in PLACES or JSON[case][1] == "holds no mapping":
+        assert_one_line(words, MiniLLMConfig.from_pretrained, ours)
+
+
+def test_a_config_of_no_kind_of_model_is_refused_before_transformers_remarks_on_it(copy, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    folder = copy("ours")
+    edit_json(folder / "config.json", model_type=5)
+    assert_one_line([str(folder), "model_type=5"], MiniLLMConfig.from_pretrained, folder)
+    assert not caplog.messages
+
+
+def test_a_config_that_is_missing_is_called_so(tmp_path):
+    (tmp_path / "other.json").write_text("{}", "utf-8")
+    assert_one_line([str(tmp_path), "has no config.json"], MiniLLMConfig.from_pretrained, tmp_path)
+    assert_one_line(
+        [str(tmp_path / "other.json"), "holds no settings"], MiniLLMConfig.from_pretrained, tmp_path / "other.json"
+    )
 
 
 NATIVE_VALUES = {
@@ -390,8 +421,10 @@ TOKENIZERS = {
     "pointer": (put("tokenizer.json", POINTER), ("tokenizer.json",)),
     "list": (put("tokenizer.json", b"[]"), ("tokenizer.json",)),
     "latin": (put("tokenizer.json", b"\xff\xfe{}"), ("tokenizer.json",)),
-    "folder": (as_folder("tokenizer.json"), ("tokenizer.json",)),
-    "circle": (as_circle("tokenizer.json"), ("tokenizer.json",)),
+    "folder": (as_folder("tokenizer.json"), ("tokenizer.json", "is a folder")),
+    "circle": (as_circle("tokenizer.json"), ("tokenizer.json", "a link to nowhere")),
+    "pipe": (as_pipe("tokenizer.json"), ("tokenizer.json", "is no file")),
+    "device": (as_device("tokenizer.json"), ("tokenizer.json", "is no file")),
 }
 
 
@@ -424,6 +457,12 @@ def test_a_tokenizer_config_that_is_no_mapping_is_named_in_python(copy):
     folder = copy("ours")
     put("tokenizer_config.json", b"[1]")(folder)
     assert_one_line(["tokenizer_config.json", "no mapping"], MiniLLMTokenizer.from_pretrained, folder)
+
+
+def test_a_template_that_is_no_text_is_named_in_python(copy):
+    folder = copy("ours")
+    put("chat_template.jinja", b"\xff\xfe")(folder)
+    assert_one_line(["chat_template.jinja", "is damaged"], MiniLLMTokenizer.from_pretrained, folder)
 
 
 # --- adapters ---
