@@ -618,6 +618,11 @@ GGUF = {
     "inner": (gguf_with(feed_forward_length=10**9), "weights"),
     "vocabulary": (gguf_with(vocab_size=2 * 10**9), "weights"),
     "nan": (gguf_with(attention__layer_norm_rms_epsilon=float("nan")), "epsilon=nan"),
+    "base": (gguf_with(rope__freq_base=float("nan")), "llama.rope.freq_base=nan"),
+    "infinite-base": (gguf_with(rope__freq_base=float("inf")), "llama.rope.freq_base=inf"),
+    "end": (edited(b"tokenizer.ggml.eos_token_id", 4, "<I", 2**31), "tokenizer.ggml.eos_token_id=2147483648"),
+    "tensor-name": (edited(EMBEDDING, -3, "<B", 0xFF), "is 'token_embd.wei\\ufffdht'"),
+    "key": (edited(b"llama.block_count", -3, "<B", 7), "is 'llama.block_co\\x07nt'"),
     "folder": (lambda file: (file.unlink(), file.mkdir()), "is a folder"),
     "pipe": (lambda file: (file.unlink(), os.mkfifo(file)), "no file"),
 }
