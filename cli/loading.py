@@ -23,7 +23,7 @@ from minillm.conversion.files import (
     read_settings,
     require_file,
     require_held,
-    require_text,
+    require_templates,
     weight_files,
 )
 
@@ -70,7 +70,7 @@ def load_pretrained(loader: Any, name: str, what: str, **options: Any) -> Any:
         if Path(name).is_dir():
             read_settings(Path(name), SETTINGS[what])
             if what == "tokenizer":
-                require_text(Path(name) / "chat_template.jinja")
+                require_templates(Path(name))
                 if exists(file := Path(name) / "tokenizer.json"):
                     require_file(file)
         elif Path(name).exists():

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from minillm import MiniLLMConfig
 from minillm.configuration.saved_values import refuse_impossible, what_stands
@@ -35,6 +36,10 @@ IMPOSTORS = {
 UNPICKLED = re.compile(r"GLOBAL (\S+)")
 
 CONFIG_NAME = "config.json"
+TEMPLATE_NAME = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates beside the first one, as transformers writes it."""
+
 SETTINGS = {
     "config": (CONFIG_NAME,),
     "model": (CONFIG_NAME, "generation_config.json"),
@@ -136,6 +141,24 @@ def require_text(file: Path) -> None:
         file.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise ConversionError(f"{file} is no text: {error}") from error
+
+
+def require_templates(folder: Path) -> None:
+    """Nothing for a folder whose chat templates compile, or that has none. ConversionError names the one at fault."""
+    for file in [folder / TEMPLATE_NAME, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]:
+        if not exists(file):
+            continue
+        require_text(file)
+        with suppress(ImportError):
+            try:
+                # Without a conversation it is compiled, and not run.
+                render_jinja_template([], chat_template=file.read_text("utf-8"))
+            except ImportError:
+                raise
+            except Exception as error:
+                # Of the package jinja2, or whatever its compiler stumbles over.
+                reason = str(error) or type(error).__name__
+                raise ConversionError(f"{file} does not compile: {reason}; mend it or take it away") from error
 
 
 def read_settings(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -413,6 +413,11 @@ CARRIED = {
     "class": (put("tokenizer_config.json", b'{"tokenizer_class": 3}'), ("tokenizer_config", "tokenizer_class=3")),
     "code": (put("tokenizer_config.json", b'{"auto_map": 3}'), ("tokenizer_config", "auto_map=3")),
     "template": (put("chat_template.jinja", b"\xff\xfe"), ("chat_template.jinja", "no text")),
+    "template-syntax": (
+        put("chat_template.jinja", b"{% for a in b %}\n{{"),
+        ("chat_template.jinja does not compile",),
+    ),
+    "template-filter": (put("chat_template.jinja", b"{{ a | zzz }}"), ("does not compile", "'zzz'")),
     "template-folder": (as_folder("chat_template.jinja"), ("chat_template.jinja", "is a folder")),
     "special": (put("special_tokens_map.json", b"{"), ("special_tokens_map.json", "cannot be read")),
 }
@@ -457,6 +462,16 @@ def test_a_tokenizer_config_that_is_no_mapping_is_named_in_python(copy):
     folder = copy("ours")
     put("tokenizer_config.json", b"[1]")(folder)
     assert_one_line(["tokenizer_config.json", "no mapping"], MiniLLMTokenizer.from_pretrained, folder)
+
+
+def test_a_template_that_does_not_compile_is_refused_with_the_tokenizer(copy, tmp_path):
+    folder, out = copy("ours"), tmp_path / "out"
+    (folder / "additional_chat_templates").mkdir()
+    put("additional_chat_templates/tool.jinja", b"{% if %}")(folder)
+    (tmp_path / "text.txt").write_text("a b c " * 99, "utf-8")
+    words = [str(folder / "additional_chat_templates" / "tool.jinja"), "does not compile"]
+    assert_refused(words, tmp_path, "tokenizer", "report", folder, tmp_path / "text.txt")
+    assert_refused(words, tmp_path, "tokenizer", "extend", folder, tmp_path / "text.txt", "--num-new", 2, "--out", out)
 
 
 def test_a_template_that_is_no_text_is_named_in_python(copy):
