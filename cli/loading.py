@@ -15,15 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from minillm.cli.console import one_line, warn
-from minillm.conversion.checkpoint import CONFIG_NAME, Checkpoint, require_weights
+from minillm.conversion.checkpoint import Checkpoint, require_weights
 from minillm.conversion.files import (
     SETTINGS,
+    exists,
+    read_config,
     read_headers,
     read_json,
     read_settings,
     require_file,
     require_held,
-    require_text,
+    require_templates,
     weight_files,
 )
 from minillm.publishing.cards import is_repository
@@ -73,9 +75,11 @@ def load_pretrained(loader: Any, name: str, what: str, **options: Any) -> Any:
         if Path(name).is_dir():
             read_settings(Path(name), SETTINGS[what])
             if what == "tokenizer":
-                require_text(Path(name) / "chat_template.jinja")
+                require_templates(Path(name))
+                if exists(file := Path(name) / "tokenizer.json"):
+                    require_file(file)
         elif Path(name).exists():
-            read_json(Path(name))
+            (read_config if what == "config" else read_json)(Path(name))
         return loader.from_pretrained(name, **options)
 
 
@@ -190,9 +194,10 @@ def load_checked(name: str, **options: Any) -> Any:
     if Path(name).is_dir():
         with readable_errors(name, "model"):
             checkpoint = Checkpoint(Path(name))
+            read_config(checkpoint.file)
             config = AutoConfig.from_pretrained(name)
             # Since mismatched weights are made up, whatever their size.
-            require_held(Path(name) / CONFIG_NAME, config, checkpoint.shapes)
+            require_held(checkpoint.file, config, checkpoint.shapes)
     # Mismatched shapes are listed with the rest, rather than in a table of transformers' own.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = load_pretrained(AutoModelForCausalLM, name, "model", **options)

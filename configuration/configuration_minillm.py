@@ -36,7 +36,7 @@ from minillm.configuration.rope_fields import (
     refuse_unknown_rope_keys,
     take_old_spellings,
 )
-from minillm.configuration.saved_values import one_line, refuse_impossible
+from minillm.configuration.saved_values import one_line, refuse_impossible, what_stands
 from minillm.configuration.spellings import foreign_conflicts, refuse_misspelt, warn_of_unknown
 from minillm.configuration.token_fields import token_conflicts, warn_of_tokens
 from minillm.version import __version__
@@ -368,14 +368,27 @@ class MiniLLMConfig(PreTrainedConfig):
         """As transformers' own, which takes a folder without a config for a model of default sizes.
 
         Raises:
-            OSError: if there is no config.
+            OSError: if there is no config, or something else than a file stands in its place.
+            ValueError: if it holds no settings, or what no model has.
         """
+        place = Path(pretrained_model_name_or_path)
+        file = place / (kwargs.get("subfolder") or "") / "config.json"
+        if os.path.lexists(file) and not file.is_file():
+            raise OSError(f"{file} is {what_stands(file)}")
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not found:
-            raise OSError(
-                f"{pretrained_model_name_or_path} has no config.json, without which its weights mean nothing"
-            )
+            if place.is_file() or file.is_file():
+                raise ValueError(f"{place if place.is_file() else file} holds no settings")
+            raise OSError(f"{place} has no config.json, without which its weights mean nothing")
+        refuse_impossible(found)
         return found, kwargs
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        found = super()._dict_from_json_file(json_file)
+        if not isinstance(found, dict):
+            raise ValueError(f"{json_file} holds no mapping but {found!r:.20}")
+        return found
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -1,13 +1,14 @@
 """What no saved config of any model holds, and what transformers would act on before it looks."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 MOST_LABELS = 10_000_000
 
 # As the families spell them: what other sizes are divided by.
 DIVISORS = "num_attention_heads n_heads n_head hidden_size d_model n_embd".split()
-MAPPINGS = ("id2label", "label2id", "per_layer_config", "quantization_config", "base_model_tp_plan")
+MAPPINGS = ("id2label", "label2id", "per_layer_config", "quantization_config", "base_model_tp_plan", "auto_map")
 
 
 def refuse_impossible(raw: Mapping[str, Any]) -> None:
@@ -28,9 +29,19 @@ def refuse_impossible(raw: Mapping[str, Any]) -> None:
         # Configs in memory hold objects, which are no damage.
         if isinstance(raw.get(key), (str, int, float, list)):
             raise ValueError(f"`{key}={raw[key]!r}` must be a mapping: leave it out")
+    for key, value in (raw.get("auto_map") or {}).items():
+        if not isinstance(value, (str, list, tuple, type(None))):
+            raise ValueError(f"`auto_map['{key}']={value!r}` must name a class: leave it out")
     labels = raw.get("num_labels")
     if labels is not None and not (isinstance(labels, int) and 0 <= labels <= MOST_LABELS):
         raise ValueError(f"`num_labels={labels!r}` must be a number up to {MOST_LABELS:,}: leave it out")
+
+
+def what_stands(place: Path) -> str:
+    """What stands in the place of a file, in words, where it is none."""
+    if place.is_dir():
+        return "a folder"
+    return "a link to nowhere" if place.is_symlink() and not place.exists() else "no file"
 
 
 def one_line(error: object) -> str:

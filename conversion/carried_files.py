@@ -16,7 +16,15 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from minillm.conversion.family import NAMED_IDS, ConversionError, real_ids
-from minillm.conversion.files import exists, read_json, read_settings, require_file, require_text
+from minillm.conversion.files import (
+    MORE_TEMPLATES,
+    exists,
+    read_json,
+    read_settings,
+    require_file,
+    require_templates,
+    require_text,
+)
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
 logger = logging.get_logger(__name__)
@@ -30,8 +38,6 @@ TOKENIZER_FILES = (
     *"special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model spiece.model "
     "sentencepiece.bpe.model chat_template.jinja chat_template.json".split(),
 )
-MORE_TEMPLATES = "additional_chat_templates"
-"""The folder of chat templates beside the first one, as transformers writes it."""
 
 # One text of each kind that tokenizers treat in ways of their own: cases, digits, blanks, accents, scripts, line ends.
 PROBES = (
@@ -53,8 +59,9 @@ def carried_files(folder: Path) -> dict[str, Path]:
     found = {name: file for name in names if (file := own_file(folder, name)) is not None}
     read_settings(folder, [name for name in found if name.endswith(".json")])
     for name, file in found.items():
-        if name.endswith((".jinja", ".txt")):
+        if name.endswith(".txt"):
             require_text(file)
+    require_templates(folder)
     if TOKENIZER_NAME in found:
         try:
             Tokenizer.from_str(found[TOKENIZER_NAME].read_text("utf-8"))

@@ -20,13 +20,20 @@ from minillm.conversion.carried_files import (
     carry_over,
 )
 from minillm.conversion.family import NAMED_IDS, ConversionError, real_ids
-from minillm.conversion.files import exists, read_headers, read_json, require_plausible, unpickled, weight_files
+from minillm.conversion.files import (
+    CONFIG_NAME,
+    exists,
+    read_headers,
+    read_json,
+    require_plausible,
+    unpickled,
+    weight_files,
+)
 
 MAX_SHARD_SIZE = "2GB"
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # As safetensors spells them, and torch.
 WEIGHT_KINDS = dict(zip("F64 F32 F16 BF16 float64 float32 float16 bfloat16".split(), WEIGHT_DTYPES * 2, strict=True))
-CONFIG_NAME = "config.json"
 
 
 class Checkpoint:

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from minillm.configuration.saved_values import refuse_impossible
+from minillm import MiniLLMConfig
+from minillm.configuration.saved_values import refuse_impossible, what_stands
 from minillm.conversion.family import ConversionError
 
 LARGEST_JSON = 1 << 28
@@ -33,10 +35,15 @@ IMPOSTORS = {
 }
 UNPICKLED = re.compile(r"GLOBAL (\S+)")
 
+CONFIG_NAME = "config.json"
+TEMPLATE_NAME = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates beside the first one, as transformers writes it."""
+
 SETTINGS = {
-    "config": ("config.json",),
-    "model": ("config.json", "generation_config.json"),
-    "tokenizer": ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "config": (CONFIG_NAME,),
+    "model": (CONFIG_NAME, "generation_config.json"),
+    "tokenizer": (CONFIG_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "adapter": ("adapter_config.json",),
 }
 """Mappings that transformers and PEFT read from a folder, where they are there, to load such a thing."""
@@ -91,8 +98,7 @@ def require_file(file: Path) -> Path:
     if not exists(file):
         raise ConversionError(f"{file.parent} holds no {file.name}")
     if not file.is_file():
-        what = "a folder" if file.is_dir() else "a link to nowhere" if file.is_symlink() else "no file"
-        raise ConversionError(f"{file} is {what}")
+        raise ConversionError(f"{file} is {what_stands(file)}")
     start = first_bytes(file).lstrip().lower()
     for mark, words in IMPOSTORS.items():
         if start.startswith(mark):
@@ -137,23 +143,54 @@ def require_text(file: Path) -> None:
         raise ConversionError(f"{file} is no text: {error}") from error
 
 
+def require_templates(folder: Path) -> None:
+    """Nothing for a folder whose chat templates compile, or that has none. ConversionError names the one at fault."""
+    for file in [folder / TEMPLATE_NAME, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]:
+        if not exists(file):
+            continue
+        require_text(file)
+        with suppress(ImportError):
+            try:
+                # Without a conversation it is compiled, and not run.
+                render_jinja_template([], chat_template=file.read_text("utf-8"))
+            except ImportError:
+                raise
+            except Exception as error:
+                # Of the package jinja2, or whatever its compiler stumbles over.
+                reason = str(error) or type(error).__name__
+                raise ConversionError(f"{file} does not compile: {reason}; mend it or take it away") from error
+
+
 def read_settings(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The content of the settings that stand in a folder, by file name.
 
     Raises:
         ConversionError: one is damaged, or holds a value of a type that its readers fail over.
     """
-    found = {name: read_json(folder / name) for name in names if exists(folder / name)}
+    readers = {CONFIG_NAME: read_config}
+    found = {name: readers.get(name, read_json)(folder / name) for name in names if exists(folder / name)}
     for name, content in found.items():
         for key, kinds in KINDS.get(name, {}).items():
             value = content.get(key)
             wrong = isinstance(value, bool) and bool not in kinds
             if value is not None and (wrong or not isinstance(value, kinds) or value != value):
                 raise ConversionError(f"{folder / name}: `{key}={value!r}` must be {in_words(kinds)}")
-        if name == "config.json":
-            with faults_of(folder / name):
-                refuse_impossible(content)
     return found
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of a `config.json`.
+
+    Raises:
+        ConversionError: it is damaged, holds what `refuse_impossible` refuses or, of a MiniLLM, what its config does.
+    """
+    content = read_json(file)
+    with faults_of(file):
+        refuse_impossible(content)
+        if content.get("model_type") == MiniLLMConfig.model_type:
+            # Whoever loads a tokenizer beside it reads it as a config of no model in particular.
+            MiniLLMConfig.from_json_file(file)
+    return content
 
 
 def in_words(kinds: tuple[type, ...]) -> str:
@@ -179,9 +216,13 @@ def weight_files(folder: Path, names: Iterable[str] = ("model.safetensors", "pyt
 
 def shards(index: Path, suffix: str) -> list[Path]:
     """The files that an index names, each once. Errors are those of `weight_files`."""
-    found = read_json(index).get("weight_map")
+    content = read_json(index)
+    found, facts = content.get("weight_map"), content.get("metadata", {})
     if not isinstance(found, dict) or not found:
         raise ConversionError(f"{index} holds no `weight_map` from tensors to files")
+    if not isinstance(facts, dict):
+        # transformers writes into it.
+        raise ConversionError(f"{index}: `metadata={facts!r}` must be a mapping: write {{}}")
     for tensor, name in found.items():
         if not isinstance(name, str) or re.search(r"[/\\]", name) or Path(name).suffix != suffix:
             raise ConversionError(f"{index} has `{tensor}` in {name!r}, which is no {suffix} file of its folder")

@@ -1,6 +1,7 @@
 """GGUF files of LLaMAs, read by transformers, whose reader passes over what it does not know: that is refused here."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ REQUIRED = frozenset(
     "attention.head_count_kv attention.layer_norm_rms_epsilon".split()
 )
 READ = REQUIRED | {"llama.rope.freq_base", "llama.rope.dimension_count", "llama.vocab_size"}
+TOKENS = "tokenizer.ggml.tokens"
+SPECIAL_TOKEN = re.compile(r"tokenizer\.ggml\.(bos|eos|padding|unknown)_token_id")
 TENSOR = re.compile(
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(q|k|v|output|norm)|ffn_(gate|up|down|norm)))\.weight"
 )
@@ -111,15 +114,26 @@ def unread(file: Path, reader: Any) -> dict[str, Any]:
     settings = {key: field.contents() for key, field in reader.fields.items() if key.startswith(("llama.", "split."))}
     if missing := sorted(REQUIRED - settings.keys()):
         raise ConversionError(f"{file} lacks {', '.join(f'`{key}`' for key in missing)}")
-    for key in sorted(REQUIRED):
-        if not isinstance(settings[key], int | float) or not settings[key] > 0:
+    for key in sorted(READ & settings.keys()):
+        if not isinstance(settings[key], int | float) or not 0 < settings[key] < math.inf:
             raise ConversionError(f"{file}: `{key}={settings[key]!r}` must be a positive number")
+    check_special_tokens(file, reader)
     if settings["llama.block_count"] > len(reader.tensors):
         raise ConversionError(
             f"{file}: `llama.block_count={settings['llama.block_count']}` cannot be with {len(reader.tensors)} tensors"
         )
     tensors = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors if not TENSOR.fullmatch(tensor.name)}
     return {key: value for key, value in settings.items() if key not in READ and not harmless(key, settings)} | tensors
+
+
+def check_special_tokens(file: Path, reader: Any) -> None:
+    """Refuses ids of special tokens that the file's vocabulary lacks. ConversionError names the first."""
+    if (tokens := reader.fields.get(TOKENS)) is None:
+        raise ConversionError(f"{file} lacks `{TOKENS}`")
+    count = len(tokens.data)
+    for key, field in reader.fields.items():
+        if SPECIAL_TOKEN.fullmatch(key) and field.contents() not in range(count):
+            raise ConversionError(f"{file}: `{key}={field.contents()!r}` is none of its {count:,} tokens")
 
 
 def harmless(key: str, settings: dict[str, Any]) -> bool:

@@ -22,6 +22,8 @@ LEAST_SETTING = 13
 LEAST_TENSOR = 32
 MOST_DIMENSIONS = 4
 MOST_NESTED = 4
+SHOWN = 40
+"""Characters of a damaged name."""
 ALIGNMENT = "general.alignment"
 
 
@@ -56,6 +58,13 @@ class Cursor:
         length = self.number("Q", "string")
         begin = self.take(length, 1, "bytes of text")
         return self.data[begin : self.place].decode("utf-8", "replace")
+
+    def name(self) -> str:
+        """A key, or a tensor's name: plain characters, since messages quote it."""
+        begin, name = self.place, self.text()
+        if not (name.isascii() and name.isprintable()):
+            raise ConversionError(f"{self.file} is damaged: the name at byte {begin:,} is {name[:SHOWN]!a}")
+        return name
 
     def skip(self, kind: int, key: str, depth: int = 0) -> None:
         """Passes a value."""
@@ -95,7 +104,7 @@ def check_header(file: Path) -> None:
         cursor.require(settings, LEAST_SETTING, "settings")
         alignment = 32
         for _ in range(settings):
-            key, kind = cursor.text(), cursor.number("I", "type")
+            key, kind = cursor.name(), cursor.number("I", "type")
             if key == ALIGNMENT and kind == UINT32:
                 alignment = cursor.number("I", "alignment")
             else:
@@ -112,7 +121,7 @@ def check_tensors(cursor: Cursor, count: int, alignment: int) -> None:
 
     file, found = cursor.file, []
     for _ in range(count):
-        name, dimensions = cursor.text(), cursor.number("I", "dimensions")
+        name, dimensions = cursor.name(), cursor.number("I", "dimensions")
         if not 0 < dimensions <= MOST_DIMENSIONS:
             raise ConversionError(f"{file} is damaged: `{name}` has {dimensions:,} dimensions")
         shape = [cursor.number("Q", "size") for _ in range(dimensions)]

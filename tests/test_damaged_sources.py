@@ -1,6 +1,7 @@
 """Damaged files of others: one line that names the file and the fault, at once, and nothing is written."""
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -105,6 +106,16 @@ def as_circle(name):
     def damage(folder):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(name)
+
+    return damage
+
+
+def as_device(name):
+    """A link to what never ends."""
+
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("/dev/zero")
 
     return damage
 
@@ -217,6 +228,8 @@ INDICES = {
     "number": (index(weight_map={"a": 3}), (INDEX, "`a` in 3")),
     "pickle": (index(weight_map={"a": "a.bin"}), (INDEX, "no .safetensors file")),
     "json-list": (put(INDEX, b"[]"), (INDEX, "holds no mapping")),
+    "facts": (index(metadata=5), (INDEX, "`metadata=5` must be a mapping")),
+    "no-facts": (index(metadata=None), (INDEX, "`metadata=None` must be a mapping")),
     "deep": (put(INDEX, DEEP), (INDEX, "nested too deeply")),
     "missing-shard": (lambda folder: shard(folder, 0).unlink(), (INDEX, "names model-00001-of", "lacks")),
     "same-tensors": (lambda folder: shutil.copy(shard(folder, 0), shard(folder, 1)), ("stands in", "-00002-of-")),
@@ -239,6 +252,8 @@ JSON = {
     "broken": (b"{", "cannot be read"),
     "empty": (b"", "is empty"),
     "list": (b"[1]", "holds no mapping"),
+    "empty-list": (b"[]", "holds no mapping"),
+    "null": (b"null", "holds no mapping"),
     "number": (b"3", "holds no mapping"),
     "page": (PAGE, "a web page"),
     "pointer": (POINTER, "Git LFS pointer"),
@@ -249,6 +264,7 @@ PLACES = {
     "folder": (as_folder, "is a folder"),
     "circle": (as_circle, "a link to nowhere"),
     "pipe": (as_pipe, "no file"),
+    "device": (as_device, "no file"),
 }
 
 
@@ -269,8 +285,21 @@ def test_a_config_that_cannot_be_read(case, copy, tmp_path):
     assert_refused(words, tmp_path, "export", ours, tmp_path / "out", "--as", "llama")
     for arguments in (("info", ours), ("generate", ours, "a"), ("export", ours, tmp_path / "out")):
         assert_refused(words, tmp_path, *arguments)
-    if case not in PLACES:
-        assert_one_line([str(ours)], MiniLLMConfig.from_pretrained, ours)
+    assert_one_line([str(ours)], MiniLLMConfig.from_pretrained, ours)
+    if case in PLACES or JSON[case][1] == "holds no mapping":
+        assert_one_line(words, MiniLLMConfig.from_pretrained, ours)
+
+
+def test_a_config_of_no_kind_of_model_is_refused_before_transformers_remarks_on_it(copy, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    folder = copy("ours")
+    edit_json(folder / "config.json", model_type=5)
+    assert_one_line([str(folder), "model_type=5"], MiniLLMConfig.from_pretrained, folder)
+    assert not caplog.messages
+
+
+def test_a_config_that_is_missing_is_called_so(tmp_path):
+    assert_one_line([str(tmp_path), "has no config.json"], MiniLLMConfig.from_pretrained, tmp_path)
 
 
 NATIVE_VALUES = {
@@ -341,6 +370,34 @@ def test_values_without_weights(case, copy, tmp_path):
     assert_one_line(words[1:], AutoModelForCausalLM.from_pretrained, folder)
 
 
+GENERATED = {
+    "text": ({"initializer_range": float("inf")}, "initializer_range=inf"),
+    "rope": ({"rope_parameters": 5}, "'rope_parameters'"),
+    "rope-base": ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "['rope_theta']=nan"),
+    "rope-type": ({"rope_parameters": {"rope_type": ["x"], "rope_theta": "a"}}, "['rope_type']=['x']"),
+    "rope-factor": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 1e308, "original_max_position_embeddings": 64}},
+        "['factor']=1e+308",
+    ),
+    "newer": ({"schema_version": 99}, "schema_version=99"),
+    "code": ({"auto_map": 5}, "auto_map=5"),
+    "class": ({"auto_map": {"AutoConfig": 5}}, "auto_map['AutoConfig']=5"),
+}
+
+
+@pytest.mark.parametrize("case", GENERATED)
+def test_values_of_a_config_beside_a_tokenizer(case, copy, tmp_path):
+    """The config is to blame, in one line, whatever is loaded first."""
+    folder, (changes, words) = copy("ours"), GENERATED[case]
+    edit_json(folder / "config.json", **changes)
+    (tmp_path / "text.txt").write_text("a b c " * 99, "utf-8")
+    words = [str(folder / "config.json"), words]
+    assert_refused(words, tmp_path, "generate", folder, "a")
+    assert_refused(words, tmp_path, "info", folder)
+    assert_refused(words, tmp_path, "info", folder / "config.json")
+    assert_refused(words, tmp_path, "tokenizer", "report", folder, tmp_path / "text.txt")
+
+
 # --- what stands beside ---
 
 CARRIED = {
@@ -352,6 +409,11 @@ CARRIED = {
     "class": (put("tokenizer_config.json", b'{"tokenizer_class": 3}'), ("tokenizer_config", "tokenizer_class=3")),
     "code": (put("tokenizer_config.json", b'{"auto_map": 3}'), ("tokenizer_config", "auto_map=3")),
     "template": (put("chat_template.jinja", b"\xff\xfe"), ("chat_template.jinja", "no text")),
+    "template-syntax": (
+        put("chat_template.jinja", b"{% for a in b %}\n{{"),
+        ("chat_template.jinja does not compile",),
+    ),
+    "template-filter": (put("chat_template.jinja", b"{{ a | zzz }}"), ("does not compile", "'zzz'")),
     "template-folder": (as_folder("chat_template.jinja"), ("chat_template.jinja", "is a folder")),
     "special": (put("special_tokens_map.json", b"{"), ("special_tokens_map.json", "cannot be read")),
 }
@@ -360,8 +422,10 @@ TOKENIZERS = {
     "pointer": (put("tokenizer.json", POINTER), ("tokenizer.json",)),
     "list": (put("tokenizer.json", b"[]"), ("tokenizer.json",)),
     "latin": (put("tokenizer.json", b"\xff\xfe{}"), ("tokenizer.json",)),
-    "folder": (as_folder("tokenizer.json"), ("tokenizer.json",)),
-    "circle": (as_circle("tokenizer.json"), ("tokenizer.json",)),
+    "folder": (as_folder("tokenizer.json"), ("tokenizer.json", "is a folder")),
+    "circle": (as_circle("tokenizer.json"), ("tokenizer.json", "a link to nowhere")),
+    "pipe": (as_pipe("tokenizer.json"), ("tokenizer.json", "is no file")),
+    "device": (as_device("tokenizer.json"), ("tokenizer.json", "is no file")),
 }
 
 
@@ -394,6 +458,22 @@ def test_a_tokenizer_config_that_is_no_mapping_is_named_in_python(copy):
     folder = copy("ours")
     put("tokenizer_config.json", b"[1]")(folder)
     assert_one_line(["tokenizer_config.json", "no mapping"], MiniLLMTokenizer.from_pretrained, folder)
+
+
+def test_a_template_that_does_not_compile_is_refused_with_the_tokenizer(copy, tmp_path):
+    folder, out = copy("ours"), tmp_path / "out"
+    (folder / "additional_chat_templates").mkdir()
+    put("additional_chat_templates/tool.jinja", b"{% if %}")(folder)
+    (tmp_path / "text.txt").write_text("a b c " * 99, "utf-8")
+    words = [str(folder / "additional_chat_templates" / "tool.jinja"), "does not compile"]
+    assert_refused(words, tmp_path, "tokenizer", "report", folder, tmp_path / "text.txt")
+    assert_refused(words, tmp_path, "tokenizer", "extend", folder, tmp_path / "text.txt", "--num-new", 2, "--out", out)
+
+
+def test_a_template_that_is_no_text_is_named_in_python(copy):
+    folder = copy("ours")
+    put("chat_template.jinja", b"\xff\xfe")(folder)
+    assert_one_line(["chat_template.jinja", "is damaged"], MiniLLMTokenizer.from_pretrained, folder)
 
 
 # --- adapters ---
@@ -549,6 +629,11 @@ GGUF = {
     "inner": (gguf_with(feed_forward_length=10**9), "weights"),
     "vocabulary": (gguf_with(vocab_size=2 * 10**9), "weights"),
     "nan": (gguf_with(attention__layer_norm_rms_epsilon=float("nan")), "epsilon=nan"),
+    "base": (gguf_with(rope__freq_base=float("nan")), "llama.rope.freq_base=nan"),
+    "infinite-base": (gguf_with(rope__freq_base=float("inf")), "llama.rope.freq_base=inf"),
+    "end": (edited(b"tokenizer.ggml.eos_token_id", 4, "<I", 2**31), "tokenizer.ggml.eos_token_id=2147483648"),
+    "tensor-name": (edited(EMBEDDING, -3, "<B", 0xFF), "is 'token_embd.wei\\ufffdht'"),
+    "key": (edited(b"llama.block_count", -3, "<B", 7), "is 'llama.block_co\\x07nt'"),
     "folder": (lambda file: (file.unlink(), file.mkdir()), "is a folder"),
     "pipe": (lambda file: (file.unlink(), os.mkfifo(file)), "no file"),
 }

@@ -6,6 +6,7 @@ travels with a checkpoint.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -446,7 +447,12 @@ def explain_broken_files(name_or_path: str | Path, kwargs: Mapping[str, Any], er
     place = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder") if kwargs.get(name)}
     if kwargs.get("gguf_file"):
         return
-    for name, load in (("tokenizer_config.json", read_mapping), ("tokenizer.json", Tokenizer.from_str)):
+    readers = {"tokenizer_config.json": read_mapping, "tokenizer.json": Tokenizer.from_str, "chat_template.jinja": str}
+    for name, load in readers.items():
+        here = Path(name_or_path, place.get("subfolder", ""), name)
+        if os.path.lexists(here) and not here.is_file():
+            what = "a folder" if here.is_dir() else "no file" if here.exists() else "a link to nowhere"
+            raise ValueError(f"{here} is {what}: save the tokenizer again or fetch the file anew") from error
         try:
             path = cached_file(name_or_path, name, local_files_only=True, **place)
         except OSError:
