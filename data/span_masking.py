@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minillm.data.documents import IGNORE_INDEX
+from minillm.tokenization.glm_layout import lay_out_row
 
 Draw = Callable[[int], np.ndarray]
 
@@ -74,52 +74,33 @@ def corrupt(
     Raises:
         ValueError: spans that are not as described, or an order that is no permutation.
     """
-    ids = np.asarray(input_ids, np.int64)
-    spans, order = _checked(spans, order, len(ids))
-    starts, stops = spans[:, 0], spans[:, 1]
-    # A mask token takes the place of each span's first token, the others go.
-    steps = np.zeros(len(ids) + 1, np.int64)
-    steps[starts] += 1
-    steps[stops] -= 1
-    kept = steps[:-1].cumsum() == 0
-    kept[starts] = True
-    context = ids.copy()
-    context[starts] = mask_token_id
-    context = context[kept]
-    blanks = kept.cumsum()[starts] - 1
-
-    lengths = (stops - starts)[order] + 1
-    ends = lengths.cumsum()
-    begins = ends - lengths
-    inside = np.arange(lengths.sum()) - np.repeat(begins, lengths)
-    # The start token stands one before the span's first token.
-    filling = ids[np.repeat(starts[order], lengths) + np.maximum(inside - 1, 0)]
-    filling[begins] = sop_token_id
-    targets = np.append(filling[1:], eop_token_id)[: len(filling)]
-    targets[ends - 1] = eop_token_id
-
-    length = len(context)
-    filling_positions = length + inside if counting else np.repeat(blanks[order], lengths)
-    return GLMSample(
-        input_ids=np.concatenate([context, filling]),
-        labels=np.concatenate([np.full(length + 1, IGNORE_INDEX), targets]),
-        position_ids=np.concatenate([np.arange(length), filling_positions]),
-        block_position_ids=np.concatenate([np.zeros(length, np.int64), inside + 1]),
-        context_length=length,
-    )
+    text = np.asarray(input_ids, np.int64).tolist()
+    edges = np.asarray(spans, np.int64).reshape(-1, 2).tolist()
+    order = list(range(len(edges))) if order is None else np.asarray(order, np.int64).tolist()
+    _check(edges, order, len(text))
+    context, blanks, done = [], [], 0
+    for start, stop in edges:
+        context += text[done:start]
+        blanks.append(len(context))
+        context.append(mask_token_id)
+        done = stop
+    context += text[done:]
+    fills = [(blanks[number], text[slice(*edges[number])]) for number in order]
+    row = lay_out_row(context, fills, sop_token_id, eop_token_id, [mask_token_id] if counting else [])
+    columns = (row.input_ids, row.labels, row.position_ids, row.block_position_ids)
+    return GLMSample(*(np.array(column, np.int64) for column in columns), context_length=len(context))
 
 
-def _checked(spans: np.ndarray, order: Sequence[int] | np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
-    spans = np.asarray(spans, np.int64).reshape(-1, 2)
-    edges = spans.ravel()
-    if len(edges) and (edges[0] < 0 or edges[-1] > count or (np.diff(edges)[1::2] < 0).any()):
-        raise ValueError(f"spans {spans.tolist()} are not sorted and disjoint within {count} tokens")
-    if (spans[:, 0] >= spans[:, 1]).any():
-        raise ValueError(f"spans {spans.tolist()} hold an empty one")
-    order = np.arange(len(spans)) if order is None else np.asarray(order, np.int64)
-    if not np.array_equal(np.sort(order), np.arange(len(spans))):
-        raise ValueError(f"the order {order.tolist()} is no permutation of {len(spans)} spans")
-    return spans, order
+def _check(spans: list[list[int]], order: list[int], count: int) -> None:
+    done = 0
+    for start, stop in spans:
+        if start < done or stop > count:
+            raise ValueError(f"spans {spans} are not sorted and disjoint within {count} tokens")
+        if start >= stop:
+            raise ValueError(f"spans {spans} hold an empty one")
+        done = stop
+    if sorted(order) != list(range(len(spans))):
+        raise ValueError(f"the order {order} is no permutation of {len(spans)} spans")
 
 
 def poisson_cdf(mean: float) -> np.ndarray:
