@@ -5,6 +5,7 @@ blocklm_utils.py). Everywhere `draw(n)` gives n independent float64 numbers, uni
 [spans, 2]: the first token of each and the one after its last, sorted and disjoint.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -114,6 +115,8 @@ def poisson_cdf(mean: float) -> np.ndarray:
     return sums / sums[-1]
 
 
+# Packing and every epoch ask for the same few lengths.
+@functools.lru_cache(maxsize=2**14)
 def most_spans(count: int, fraction: float, mean: float) -> int:
     """The most spans that a text of `count` tokens may get, two standard deviations above the expected number.
 
@@ -200,12 +203,14 @@ def document_span(maskable: np.ndarray, fractions: tuple[float, float], draw: Dr
 
 def runs(places: np.ndarray, ends: np.ndarray | None = None) -> np.ndarray:
     """The runs of consecutive numbers among sorted `places` [n], as spans; `ends` [n] ends a run after a place too."""
-    breaks = np.diff(places) != 1
+    breaks = places[1:] - places[:-1] != 1
     if ends is not None:
         breaks |= ends[:-1]
-    last = np.append(np.flatnonzero(breaks), len(places) - 1)
-    first = np.concatenate([[0], last[:-1] + 1])
-    return np.stack([places[first], places[last] + 1], axis=1)
+    last = np.flatnonzero(breaks)
+    spans = np.empty((len(last) + 1, 2), np.int64)
+    spans[0, 0], spans[1:, 0] = places[0], places[last + 1]
+    spans[:-1, 1], spans[-1, 1] = places[last] + 1, places[-1] + 1
+    return spans
 
 
 def _longest(spans: np.ndarray, limit: int) -> np.ndarray:

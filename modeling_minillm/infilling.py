@@ -84,7 +84,10 @@ def _read_row(
 
 
 def continue_positions(
-    position_ids: torch.Tensor, block_position_ids: torch.Tensor, total: int, attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor,
+    block_position_ids: torch.Tensor,
+    total: int,
+    attention_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both axes [batch, prompt] of a prompt, gone on to `total` tokens: the first as its last two tokens do (standing
     still or counting), the second by counting where it has begun.
