@@ -67,7 +67,9 @@ def test_links_and_named_files_are_there(page):
         assert list(ROOT.glob(named)), named
 
 
-@pytest.mark.parametrize("page", ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks"])
+@pytest.mark.parametrize(
+    "page", ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks", "objectives"]
+)
 def test_the_code_of_a_page_runs(page, tmp_path):
     text = (DOCS / f"{page}.md").read_text("utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
