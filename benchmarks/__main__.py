@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
+import torch._dynamo
 
 from benchmarks import blocks, collators, conversion, growth, memory, packing, speed, startup, tokenizer
 from benchmarks.report import facts, load_average, markdown, write
 from benchmarks.timing import CLOCKS, Options
+from minillm.training.put_back import quiet, random_states_kept
 
 KINDS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "speed": speed.measure,
@@ -52,11 +53,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+@quiet()
+@random_states_kept()
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=False)
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measures, prints and writes; returns the result of each kind."""
     given = parse(arguments)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(given.steps, device, given.tiny, given.clock, given.minutes)
     results = {}

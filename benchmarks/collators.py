@@ -28,6 +28,7 @@ from minillm.training import (
     DocumentCollator,
     pack_dataset,
 )
+from minillm.training.put_back import thread_count_kept
 
 VOCABULARY = 32_000
 # Ids 0 to 5 are special; these end sentences, one in some twenty tokens.
@@ -125,8 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("documents", "batch_size", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
-    torch.set_num_threads(1)
-    rows = measure(made_up_documents(options.documents), options.length, options.batch_size, options.rounds)
+    with thread_count_kept():
+        torch.set_num_threads(1)
+        rows = measure(made_up_documents(options.documents), options.length, options.batch_size, options.rounds)
     print(f"| {'collator':13} | tokens/s | tokens/s of packing | padding |\n|---|---|---|---|")
     for row in rows:
         print(

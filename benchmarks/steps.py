@@ -121,13 +121,12 @@ def attention_layer(
     model.train().requires_grad_(False)
     layer = next(layer for name, layer in model.named_modules() if name.rpartition(".")[2] in ATTENTION_NAMES)
     seen: dict[str, Any] = {}
+    batch = next(ids)
     hook = layer.register_forward_pre_hook(
         lambda module, positional, named: seen.update(positional=positional, named=named), with_kwargs=True
     )
-    batch = next(ids)
-    with torch.no_grad():
+    with hook, torch.no_grad():
         model(input_ids=batch, use_cache=False, **extra_inputs(contender.model, batch))
-    hook.remove()
     positional, named = seen["positional"], dict(seen["named"])
     example = named.pop("hidden_states") if "hidden_states" in named else positional[0]
     states = cycle([torch.randn_like(example).requires_grad_() for _ in range(buffers)])

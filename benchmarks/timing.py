@@ -3,7 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,6 +86,17 @@ def make_ready(makers: dict[str, Callable[[], Callable[[], object]]]) -> dict[st
     return runs
 
 
+@contextmanager
+def old_objects_frozen() -> Iterator[None]:
+    """What is there already is not searched for garbage in every round."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def interleave(
     runs: dict[str, Callable[[], object]], stopwatch: Stopwatch, options: Options, warmup: int = 1
 ) -> dict[str, list[float]]:
@@ -102,29 +114,26 @@ def interleave(
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     alive = list(runs)
-    # What is there already need not be searched for garbage in every round.
-    gc.collect()
-    gc.freeze()
-    for index in range(-warmup, options.steps):
-        if index >= FEWEST_ROUNDS and options.out_of_time():
-            break
-        gc.collect()
-        first = index % len(alive) if alive else 0
-        order = alive[first:] + alive[:first]
-        for name in order if index % 2 else reversed(order):
-            stopwatch.wait()
-            stopwatch.start()
-            try:
-                runs[name]()
-            except torch.OutOfMemoryError:
-                alive.remove(name)
-                times[name].clear()
-                torch.cuda.empty_cache()
-                continue
-            elapsed = stopwatch.stop()
-            if index >= 0:
-                times[name].append(elapsed)
-    gc.unfreeze()
+    with old_objects_frozen():
+        for index in range(-warmup, options.steps):
+            if index >= FEWEST_ROUNDS and options.out_of_time():
+                break
+            gc.collect()
+            first = index % len(alive) if alive else 0
+            order = alive[first:] + alive[:first]
+            for name in order if index % 2 else reversed(order):
+                stopwatch.wait()
+                stopwatch.start()
+                try:
+                    runs[name]()
+                except torch.OutOfMemoryError:
+                    alive.remove(name)
+                    times[name].clear()
+                    torch.cuda.empty_cache()
+                    continue
+                elapsed = stopwatch.stop()
+                if index >= 0:
+                    times[name].append(elapsed)
     return times
 
 

@@ -68,7 +68,7 @@ def one_line_errors(resumes: bool = False) -> Iterator[None]:
     try:
         with quiet_libraries():
             yield
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         fail(error)
     except KeyboardInterrupt:
         hint = ": what was saved stays; the same command goes on from there" if resumes else ""
@@ -79,26 +79,19 @@ def one_line_errors(resumes: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No bars of transformers between the command's own lines, and no remarks that are meant for programmers."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
+    from minillm.training.put_back import without_bars
 
-    had_bars, had_hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     loggers = [standard_logging.getLogger(f"transformers.{name}") for name in QUIETED]
-    with warnings.catch_warnings():
+    # Downloads and uploads take long enough to be watched.
+    with warnings.catch_warnings(), without_bars(hub=True):
         warnings.simplefilter("ignore", FutureWarning)
         for logger in loggers:
             logger.addFilter(is_news)
-        logging.disable_progress_bar()
-        if had_hub_bars:
-            # Downloads and uploads take long enough to be watched.
-            enable_progress_bars()
         try:
             yield
         finally:
             for logger in loggers:
                 logger.removeFilter(is_news)
-            if had_bars:
-                logging.enable_progress_bar()
 
 
 def is_news(record: standard_logging.LogRecord) -> bool:

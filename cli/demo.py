@@ -42,6 +42,7 @@ from minillm.training import (
     SetEpochCallback,
     pack_dataset,
 )
+from minillm.training.put_back import random_states_kept, thread_count_kept
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "causal": {},
@@ -136,6 +137,8 @@ class Demo:
             console.print(f"[green]skipped[/] {stage}: finished in an earlier run")
         return result
 
+    @random_states_kept()
+    @thread_count_kept()
     def run(self) -> dict[str, Any]:
         """Runs all stages and returns the report's figures."""
         # Read and split before anything is written, so that a bad corpus leaves no trace.

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, TextStreamer, set_seed
 from minillm.cli.loading import best_device, load_model, load_pretrained
 from minillm.tokenization.glm_layout import GLMTokens, find_glm_tokens
 from minillm.tokenization.literal_text import LiteralReading, read_literally
+from minillm.training.put_back import random_states_kept
 
 
 class Decoding(NamedTuple):
@@ -34,6 +35,7 @@ class Decoding(NamedTuple):
         return {**common, "do_sample": False}
 
 
+@random_states_kept()
 def run(model_name: str, prompts: list[str] | None, decoding: Decoding, stream: bool, special_tokens: bool) -> None:
     """Prints each prompt with its continuation, or with its blanks filled.
 

@@ -18,7 +18,7 @@ from minillm.experiments.reporting import amount, number
 from minillm.folded_alibi import is_foldable
 from minillm.fused_loss import find_liger
 from minillm.position_schemes import POSITION_BIASES
-from minillm.publishing.description import describe
+from minillm.publishing.description import describe, describe_adapter
 from minillm.tuning import tuning
 
 
@@ -146,20 +146,9 @@ def find_adapter(name: str) -> dict[str, Any] | None:
 
 def adapter_words(name: str, adapter: dict[str, Any]) -> dict[str, str]:
     """What an adapter is, topic by topic."""
-    kind, base = adapter.get("peft_type"), adapter.get("base_model_name_or_path")
-    words = {
-        "kind": f"{kind} adapter: changes to a base model, no model of its own",
-        "base model": base or "not named",
-    }
-    if kind == "LORA":
-        words["rank"] = f"{adapter['r']} (alpha {adapter['lora_alpha']}, dropout {adapter['lora_dropout']})"
-    for topic, key in (
-        ("changed modules", "target_modules"),
-        ("modules trained whole", "modules_to_save"),
-        ("tokens whose rows are trained", "trainable_token_indices"),
-    ):
-        if found := adapter.get(key):
-            words[topic] = found if isinstance(found, str) else ", ".join(sorted(map(str, found)))
+    base = adapter.get("base_model_name_or_path")
+    kind, *others = describe_adapter(adapter).items()
+    words = dict([kind, ("base model", base or "not named"), *others])
     return words | {"to merge it": f"minillm export {base or 'BASE'} OUT --adapter {name}"}
 
 

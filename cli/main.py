@@ -200,15 +200,18 @@ def convert(
 
 @app.command()
 def push(
-    model: Annotated[str, typer.Argument(help="model folder")],
+    model: Annotated[str, typer.Argument(help="folder of a model or an adapter")],
     repository: Annotated[str, typer.Argument(help="name on the Hub: user/name")],
     private: Annotated[bool | None, typer.Option("--private/--public")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="repository of an adapter's base model; left out: as stored")
+    ] = None,
 ) -> None:
-    """Upload a model folder with its tokenizer to the Hub."""
+    """Upload a model with its tokenizer, or an adapter, to the Hub."""
     with one_line_errors():
         from minillm.cli.publishing import push_model
 
-        say(push_model(model, repository, private))
+        say(push_model(model, repository, private, base))
 
 
 @app.command()

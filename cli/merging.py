@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minillm.cli.console import one_line, warn
+from minillm.cli.loading import check_adapter
 from minillm.conversion.comparison import TOLERANCE, difference, few_logits
 
 # The sum is rounded once in the model's dtype, where the adapter beside the weights rounds twice, layer after layer.
@@ -22,17 +23,7 @@ def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
         ValueError: there is no whole adapter that fits, or none that can be merged, or the merged model computes
             something else than the model with the adapter.
     """
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings():
-            # PEFT makes up what an adapter lacks.
-            warnings.filterwarnings("error", ".*missing adapter keys")
-            # It advises to do what is done here.
-            warnings.filterwarnings("ignore", ".*tie_word_embeddings")
-            adapted = PeftModel.from_pretrained(model, adapter)
-    except Exception as error:
-        raise ValueError(f"{adapter} holds no adapter for {model_name}: {one_line(error)}") from error
+    adapted = load_adapted(model, model_name, adapter)
     config = adapted.peft_config["default"]
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise ValueError(f"{adapter} is a {config.peft_type} adapter, which cannot be merged into weights")
@@ -46,6 +37,22 @@ def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
             f"{adapter} cannot be merged into {model_name}: logits would be off by {off:.2g} of the largest"
         )
     return merged
+
+
+def load_adapted(model: Any, model_name: str, adapter: str) -> Any:
+    """A model with an adapter, all of whose weights were read. ValueError if there is no whole one that fits."""
+    from peft import PeftModel
+
+    try:
+        check_adapter(adapter)
+        with warnings.catch_warnings():
+            # PEFT makes up what an adapter lacks.
+            warnings.filterwarnings("error", ".*missing adapter keys")
+            # It advises to do what is done here.
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings")
+            return PeftModel.from_pretrained(model, adapter)
+    except Exception as error:
+        raise ValueError(f"{adapter} holds no adapter for {model_name}: {one_line(error)}") from error
 
 
 def tolerance(dtype: torch.dtype) -> float:

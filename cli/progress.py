@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from minillm.cli.console import console
+from minillm.training.put_back import thread_count_kept
 
 FIRST_ESTIMATE = 20
 
@@ -64,15 +65,19 @@ class ProgressCallback(TrainerCallback):
 
 
 def fastest_thread_count(run: Callable[[], object], repeats: int = 3) -> tuple[int, float]:
-    """Times `run` with one torch thread and with one per processor; returns the faster count and its seconds."""
+    """Times `run` with one torch thread and with one per processor; returns the faster count and its seconds.
+
+    torch has as many threads afterwards as before.
+    """
     best = (1, float("inf"))
-    for count in sorted({1, min(os.cpu_count() or 1, 8)}):
-        torch.set_num_threads(count)
-        run()
-        times = []
-        for _ in range(repeats):
-            started = time.monotonic()
+    with thread_count_kept():
+        for count in sorted({1, min(os.cpu_count() or 1, 8)}):
+            torch.set_num_threads(count)
             run()
-            times.append(time.monotonic() - started)
-        best = min(best, (count, sorted(times)[repeats // 2]), key=lambda pair: pair[1])
+            times = []
+            for _ in range(repeats):
+                started = time.monotonic()
+                run()
+                times.append(time.monotonic() - started)
+            best = min(best, (count, sorted(times)[repeats // 2]), key=lambda pair: pair[1])
     return best

@@ -7,10 +7,12 @@ import torch
 from transformers import AutoTokenizer
 
 from minillm.cli.console import one_line, warn
-from minillm.cli.loading import load_checked, load_model, load_pretrained
-from minillm.cli.merging import merge_adapter, tolerance
-from minillm.conversion.comparison import difference, few_logits, fits_in_memory, quiet
+from minillm.cli.loading import adapter_config, load_checked, load_model, load_pretrained
+from minillm.cli.merging import load_adapted, merge_adapter, tolerance
+from minillm.conversion.comparison import difference, few_logits, fits_in_memory
+from minillm.publishing.cards import is_repository
 from minillm.publishing.folders import new_folder
+from minillm.training.put_back import quiet
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -56,18 +58,53 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def push_model(model_name: str, repository: str, private: bool | None = None) -> str:
-    """Uploads model and tokenizer; returns the address of the last commit.
+def push_model(model_name: str, repository: str, private: bool | None = None, base: str | None = None) -> str:
+    """Uploads model and tokenizer, or an adapter with the tokenizer that stands beside it, if one does.
+
+    Args:
+        base: the repository of an adapter's base model, where it was trained on a folder.
+
+    Returns:
+        The address of the last commit.
 
     Raises:
-        ValueError: no model or tokenizer at the given place, or the hub cannot be reached or refuses.
+        ValueError: no model or tokenizer at the given place, a `base` for a model, an adapter whose base model others
+            cannot load, or the hub cannot be reached or refuses.
     """
-    model, tokenizer = load_whole_model(model_name)
+    adapter = adapter_config(model_name)
+    if adapter is None and base is not None:
+        raise ValueError(f"--base {base} is for adapters, and {model_name} is a model: leave it out")
+    if adapter is None:
+        parts = load_whole_model(model_name)
+    else:
+        parts = load_shared_adapter(model_name, adapter.get("base_model_name_or_path"), base)
     try:
-        model.push_to_hub(repository, private=private)
-        return str(tokenizer.push_to_hub(repository, private=private))
+        return [str(part.push_to_hub(repository, private=private)) for part in parts][-1]
     except Exception as error:
         raise ValueError(f"{repository} was not uploaded: {one_line(error)}") from error
+
+
+def load_shared_adapter(name: str, stored: str | None, base: str | None) -> list[Any]:
+    """An adapter on its base model, which it names so that others can load it, and the tokenizer beside it.
+
+    Args:
+        stored: the base model that the adapter names.
+        base: what it is to name.
+    """
+    named = base or stored
+    if not is_repository(named):
+        place = named or "BASE"
+        raise ValueError(
+            f"{name} is an adapter for {named or 'a model without a name'}, which others cannot load: upload that "
+            f"first, `minillm push {place} user/base`, and name it, `--base user/base`; or merge the two, "
+            f"`minillm export {place} OUT --adapter {name}`, and push OUT"
+        )
+    place = stored if stored and Path(stored).is_dir() else named
+    adapted = load_adapted(load_checked(place, dtype="auto"), place, name)
+    adapted.peft_config["default"].base_model_name_or_path = named
+    if not (Path(name) / "tokenizer_config.json").exists():
+        return [adapted]
+    return [adapted, load_pretrained(AutoTokenizer, name, "tokenizer")]
 
 
 def load_whole_model(name: str) -> tuple[Any, Any]:

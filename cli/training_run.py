@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArgume
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.cli.console import one_line, say
-from minillm.cli.loading import best_device, last_complete_checkpoint, load_model, load_pretrained
+from minillm.cli.loading import best_device, check_checkpoint, last_complete_checkpoint, load_model, load_pretrained
 from minillm.cli.progress import ProgressCallback
+from minillm.conversion.files import read_json
 from minillm.data import load_corpus, split_corpus, tokenize_documents
 from minillm.evaluation import perplexity
 from minillm.loss import why_logits
@@ -40,6 +41,7 @@ from minillm.training import (
     SetEpochCallback,
     pack_dataset,
 )
+from minillm.training.put_back import random_states_kept
 
 MASK_OF = {"causal": "causal", "prefix": "prefix", "glm": "prefix", "sft": None}
 """Objectives, and the `attention_type` that each needs."""
@@ -236,7 +238,8 @@ def go_on_from(checkpoints: Path, options: TrainOptions) -> str | None:
     """The checkpoint of an interrupted run with the same options; notes them for the next run.
 
     Raises:
-        ValueError: the folder of checkpoints belongs to a run with other options, or to something else.
+        ValueError: the folder of checkpoints belongs to a run with other options, or to something else, or the
+            checkpoint is damaged.
     """
     note = checkpoints / "options.json"
     now = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
@@ -249,13 +252,14 @@ def go_on_from(checkpoints: Path, options: TrainOptions) -> str | None:
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps(now, indent=2))
         return None
-    then = json.loads(note.read_text("utf-8"))
+    then = read_json(note)
     differing = {name: value for name, value in then.items() if now.get(name) != value}
     if differing:
         raise ValueError(
             f"{checkpoints} was begun with other options ({differing}): repeat them, remove it, or choose another "
             "--out"
         )
+    check_checkpoint(checkpoint)
     remove_unfinished(checkpoints, checkpoint)
     say(f"going on from {checkpoint}")
     return str(checkpoint)
@@ -340,7 +344,7 @@ def run(options: TrainOptions) -> None:
     Nobody else writes `out` and its checkpoints meanwhile.
     """
     checkpoints = options.out.with_name(f"{options.out.name}-checkpoints")
-    with claimed(options.out), reserved(checkpoints), full_disk_in_words(checkpoints):
+    with claimed(options.out), reserved(checkpoints), full_disk_in_words(checkpoints), random_states_kept():
         train(options, checkpoints)
 
 

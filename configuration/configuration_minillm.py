@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import transformers
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from packaging.version import parse
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ from minillm.configuration.rope_fields import (
     refuse_unknown_rope_keys,
     take_old_spellings,
 )
+from minillm.configuration.saved_values import one_line, refuse_impossible
 from minillm.configuration.spellings import foreign_conflicts, refuse_misspelt, warn_of_unknown
 from minillm.configuration.token_fields import token_conflicts, warn_of_tokens
 from minillm.version import __version__
@@ -45,6 +47,9 @@ SCHEMA_VERSION = 1
 """Number of the meaning of the fields below; a config that carries a newer one is refused."""
 
 OLDEST_TRANSFORMERS = "5.17"
+
+MISREAD = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What reading a saved config can stumble over where a value has the wrong type."""
 
 if parse(transformers.__version__) < parse(OLDEST_TRANSFORMERS):
     raise ImportError(
@@ -342,6 +347,21 @@ class MiniLLMConfig(PreTrainedConfig):
         )
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: for a file that holds no config, or one that `from_dict` refuses; the message names its place.
+            OSError: for a file that cannot be read.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (ValueError, *MISREAD) as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no config that can be read: {one_line(error)}"
+            ) from error
+
+    @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -368,16 +388,21 @@ class MiniLLMConfig(PreTrainedConfig):
                 transformers, and given back with `return_unused_kwargs=True`.
 
         Raises:
-            ValueError: for an override that is probably a misspelt field, and for what the constructor refuses.
+            ValueError: for an override that is probably a misspelt field, for values of another type than the field's,
+                and for what the constructor refuses.
         """
+        refuse_impossible(config_dict)
         refuse_misspelt(kwargs, [*cls._field_names(), *OLD_SPELLINGS])
         for key in ("rope_theta", "partial_rotary_factor"):
             if kwargs.get(key) is not None:
                 raise ValueError(f"`{key}={kwargs[key]!r}` is no override: give the whole of `rope_parameters`")
         # The stamp marks what it stands in as saved.
-        found = super().from_dict({"schema_version": SCHEMA_VERSION, **config_dict}, **kwargs)
-        config = found[0] if isinstance(found, tuple) else found
-        config.validate_architecture()
+        try:
+            found = super().from_dict({"schema_version": SCHEMA_VERSION, **config_dict}, **kwargs)
+            config = found[0] if isinstance(found, tuple) else found
+            config.validate_architecture()
+        except MISREAD as error:
+            raise ValueError(f"the config cannot be read: {one_line(error)}") from error
         return found
 
     @classmethod

@@ -15,6 +15,17 @@ POSITIVE_FIELDS = (
     "max_position_embeddings sliding_window position_table_size sandwich_dim norm_eps deepnorm_alpha "
     "deepnorm_beta alibi_scale alibi_bias_max initializer_range"
 ).split()
+MOST_LAYERS = 10_000
+"""Ten times the deepest Transformers that were trained (DeepNet, arXiv 2203.00555): to build more takes minutes."""
+TABLES = (
+    ("vocab_size", "hidden_size"),
+    ("position_table_size", "hidden_size"),
+    ("hidden_size", "intermediate_size", "num_local_experts"),
+    ("hidden_size", "num_attention_heads", "head_dim"),
+)
+"""The sides of the weights."""
+MOST_ELEMENTS = 2**59
+
 UNIT_INTERVAL_FIELDS = (
     "attention_dropout hidden_dropout embedding_dropout embedding_gradient_scale router_jitter_noise".split()
 )
@@ -28,6 +39,12 @@ def check_ranges(fields: dict[str, Any]) -> None:
             raise ValueError(f"`{name}={value}` must be positive and finite")
         if isinstance(value, int) and value >= 2**63:
             raise ValueError(f"`{name}={value}` is no 64-bit number: give a smaller one or leave it out")
+    if fields["num_hidden_layers"] > MOST_LAYERS:
+        raise ValueError(f"`num_hidden_layers={fields['num_hidden_layers']}` must be at most {MOST_LAYERS:,}")
+    for names in TABLES:
+        if math.prod(fields[name] or 1 for name in names) > MOST_ELEMENTS:
+            sides = ", ".join(f"`{name}={fields[name]}`" for name in names)
+            raise ValueError(f"{sides}: no computer holds a weight with these sides")
     for name in UNIT_INTERVAL_FIELDS:
         if not 0 <= fields[name] <= 1:
             raise ValueError(f"`{name}={fields[name]}` must lie between 0 and 1")

@@ -222,10 +222,10 @@ def _check_channels(config: PreTrainedConfig, rope: dict[str, Any], rope_type: s
             f"{rotary_dim} rotary channels; they must be a multiple of {axis_dim} (`rope_2d={config.rope_2d}`) and at "
             "most `head_dim`"
         )
-    if rope_type == "dynamic" and rotary_dim == 2:
+    if rope_type in ("dynamic", "ntk") and rotary_dim == axis_dim:
         raise ValueError(
-            "`rope_type='dynamic'` with 2 rotary channels: a single frequency has no base to stretch; rotate more "
-            "channels or set another `rope_type`"
+            f"`rope_type={rope_type!r}` with {rotary_dim} rotary channels (`rope_2d={config.rope_2d}`): a single "
+            "frequency has no base to stretch; rotate more channels or set another `rope_type`"
         )
     if config.rope_2d and fraction != 1.0:
         raise ValueError("`rope_2d=True` rotates all channels: leave `partial_rotary_factor` out of `rope_parameters`")

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from minillm import MiniLLMTokenizer
 from minillm.conversion.family import NAMED_IDS, ConversionError, real_ids
+from minillm.conversion.files import exists, read_json, read_settings, require_file, require_text
 
 logger = logging.get_logger(__name__)
 
@@ -40,17 +42,25 @@ PROBES = (
 )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's mapping. ConversionError names the file and what is wrong with it."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{file.parent} holds no {file.name}") from error
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} holds no mapping")
-    return content
+def carried_files(folder: Path) -> dict[str, Path]:
+    """What carries a tokenizer and the way of generating, without code: name to file.
+
+    Raises:
+        ConversionError: a file is damaged, or a link that leads out of the folder.
+    """
+    templates = sorted(path.name for path in (folder / MORE_TEMPLATES).glob("*.jinja"))
+    names = [*TOKENIZER_FILES, *(f"{MORE_TEMPLATES}/{name}" for name in templates), GENERATION_CONFIG_NAME]
+    found = {name: file for name in names if (file := own_file(folder, name)) is not None}
+    read_settings(folder, [name for name in found if name.endswith(".json")])
+    for name, file in found.items():
+        if name.endswith((".jinja", ".txt")):
+            require_text(file)
+    if TOKENIZER_NAME in found:
+        try:
+            Tokenizer.from_str(found[TOKENIZER_NAME].read_text("utf-8"))
+        except Exception as error:  # The back end raises nothing more specific.
+            raise ConversionError(f"{found[TOKENIZER_NAME]} is damaged: {error}") from error
+    return found
 
 
 def carry_over(source: Path, target: Path) -> None:
@@ -103,12 +113,9 @@ def carry_over_plainly(source: Path, target: Path) -> None:
 
 def copy_files(source: Path, target: Path) -> None:
     """Copies what carries a tokenizer and the way of generating, without code."""
-    templates = sorted(path.name for path in (source / MORE_TEMPLATES).glob("*.jinja"))
-    names = [*TOKENIZER_FILES, *(f"{MORE_TEMPLATES}/{name}" for name in templates)]
-    for name in [*names, GENERATION_CONFIG_NAME]:
-        if (file := own_file(source, name)) is not None:
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target / name)
+    for name, file in carried_files(source).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / name)
     if (target / GENERATION_CONFIG_NAME).exists():
         drop_unreal_ids(target / GENERATION_CONFIG_NAME)
 
@@ -127,14 +134,14 @@ def own_file(folder: Path, name: str) -> Path | None:
     A snapshot in the Hub's cache is a folder of links to files beside it: to these they may lead.
 
     Raises:
-        ConversionError: it is a link that leads out of the folder.
+        ConversionError: it is a link that leads out of the folder, or `require_file` refuses it.
     """
     file, root = folder / name, folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parents[1]
-    if not file.is_file():
+    if not exists(file):
         return None
-    if not file.resolve().is_relative_to(root):
+    if not require_file(file).resolve().is_relative_to(root):
         raise ConversionError(f"{file} is a link out of its folder, to {file.resolve()}: put the file itself there")
     return file
 
@@ -146,7 +153,7 @@ def named_modules(folder: Path) -> Iterator[str]:
     classes = read_json(folder / TOKENIZER_CONFIG_NAME).get("auto_map") or []
     classes = classes.get("AutoTokenizer") or [] if isinstance(classes, dict) else classes
     for reference in [classes] if isinstance(classes, str) else classes:
-        module = (reference or "").rpartition("--")[2].partition(".")[0]
+        module = str(reference or "").rpartition("--")[2].partition(".")[0]
         if module.isidentifier():
             yield module
 

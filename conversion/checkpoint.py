@@ -1,13 +1,14 @@
 """Reading checkpoints tensor by tensor, and writing them shard by shard."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
@@ -15,10 +16,11 @@ from minillm.conversion.carried_files import (
     GENERATION_CONFIG_NAME,
     MORE_TEMPLATES,
     TOKENIZER_FILES,
+    carried_files,
     carry_over,
-    read_json,
 )
 from minillm.conversion.family import NAMED_IDS, ConversionError, real_ids
+from minillm.conversion.files import exists, read_headers, read_json, require_plausible, unpickled, weight_files
 
 MAX_SHARD_SIZE = "2GB"
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -34,27 +36,29 @@ class Checkpoint:
         folder: holds `config.json` and weights, as safetensors or `.bin`, whole or in shards.
 
     Attributes:
+        file: what to name when the checkpoint is wrong as a whole.
         config: the content of `config.json`.
         names: tensor names in the order of the files.
-        shapes, kinds: shape and dtype of each tensor; the dtype as the files spell it.
+        shapes, kinds, where: shape, dtype and file of each tensor; the dtype as the files spell it.
 
     Raises:
-        ConversionError: no or damaged config, no weights, or a shard that is missing or damaged.
+        ConversionError: a file that conversion reads is missing or damaged, or the config is of no model with these
+            tensors.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = read_json(folder / CONFIG_NAME)
-        self.files = weight_files(folder)
+        self.folder, self.file = folder, folder / CONFIG_NAME
+        self.config = read_json(self.file)
         self._pickle: tuple[Path, dict[str, torch.Tensor]] | None = None
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
         self.kinds: dict[str, str] = {}
-        for file in self.files:
-            for name, kind, shape in self._headers_in(file):
+        for file in weight_files(folder):
+            for name, header in read_headers(file).items():
                 if name in self.where:
-                    raise ConversionError(f"the tensor `{name}` stands in {self.where[name].name} and in {file.name}")
-                self.where[name], self.kinds[name], self.shapes[name] = file, kind, shape
+                    raise ConversionError(f"the tensor `{name}` stands in {self.where[name]} and in {file.name}")
+                self.where[name], self.kinds[name], self.shapes[name] = file, header.kind, header.shape
+        require_plausible(self.file, self.config, self.shapes)
 
     @property
     def names(self) -> Iterable[str]:
@@ -67,13 +71,24 @@ class Checkpoint:
             # Opened anew each time: the map of an open file keeps every page that was ever read.
             with safe_open(file, "pt") as opened:
                 return opened.get_tensor(name).clone()
-        return self._unpickled(file)[name].clone()
+        if self._pickle is None or self._pickle[0] != file:
+            # One map at a time.
+            self._pickle = None
+            self._pickle = (file, unpickled(file))
+        return self._pickle[1][name].clone()
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        if not (self.folder / GENERATION_CONFIG_NAME).is_file():
-            return None
-        return without_unreal_ids(GenerationConfig.from_pretrained(self.folder))
+        file = self.folder / GENERATION_CONFIG_NAME
+        return without_unreal_ids(GenerationConfig.from_dict(read_json(file))) if exists(file) else None
+
+    def check_carried(self) -> None:
+        """Looks at what `carry_over` copies, before there is any work that would be lost.
+
+        Raises:
+            ConversionError: a file is damaged, or a link that leads out of the folder.
+        """
+        carried_files(self.folder)
 
     def carry_over(self, target: Path) -> None:
         """Copies tokenizer and generation config, with the code that the tokenizer's config names.
@@ -82,42 +97,6 @@ class Checkpoint:
             ConversionError: a file is a link that leads out of the folder.
         """
         carry_over(self.folder, target)
-
-    def _headers_in(self, file: Path) -> Iterator[tuple[str, str, list[int]]]:
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as opened:
-                    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                    yield from [(name, part.get_dtype(), part.get_shape()) for name, part in slices.items()]
-            else:
-                yield from [
-                    (name, kind_of(tensor), list(tensor.shape)) for name, tensor in self._unpickled(file).items()
-                ]
-        except FileNotFoundError as error:
-            raise ConversionError(f"{file} is missing") from error
-        except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-            raise ConversionError(f"{file} is damaged or cut off: {error}") from error
-
-    def _unpickled(self, file: Path) -> dict[str, torch.Tensor]:
-        """A `.bin` file's tensors, mapped from disk; nothing but tensors is unpickled."""
-        if self._pickle is None or self._pickle[0] != file:
-            self._pickle = None
-            try:
-                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:
-                # The format before torch 1.6 cannot be mapped.
-                content = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:
-                if isinstance(error, FileNotFoundError):
-                    raise
-                raise ConversionError(f"{file} holds something else than tensors, or is damaged: {error}") from error
-            self._pickle = (file, content)
-        return self._pickle[1]
-
-
-def kind_of(tensor: torch.Tensor) -> str:
-    """The dtype of a tensor in words; its layout, where that is no plain one."""
-    return str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
 
 
 def require_weights(kinds: dict[str, str], names: Iterable[str]) -> None:
@@ -134,32 +113,17 @@ def widest(kinds: dict[str, str], names: Iterable[str]) -> torch.dtype:
     return max((WEIGHT_KINDS[kinds[name]] for name in names), key=lambda dtype: dtype.itemsize)
 
 
+def finite_tensor(checkpoint: Any, name: str) -> torch.Tensor:
+    """A checkpoint's tensor. ConversionError where it holds NaN or an infinite number."""
+    return require_finite(name, checkpoint.tensor(name), f"in {checkpoint.where[name]}")
+
+
 def require_finite(name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
     """The tensor. ConversionError where it holds NaN or an infinite number."""
     # Of a tensor with a NaN both bounds are NaN; unlike `isfinite` it needs no memory.
     if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
         raise ConversionError(f"`{name}` holds NaN or infinite numbers {where}")
     return tensor
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder's weights, safetensors before `.bin`.
-
-    Raises:
-        ConversionError: there are none, or one that the index names is missing.
-    """
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{whole}.index.json"
-        if (folder / whole).is_file():
-            return [folder / whole]
-        if index.is_file():
-            files = [folder / name for name in dict.fromkeys(read_json(index).get("weight_map", {}).values())]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise ConversionError(f"{index} names {', '.join(missing)}, which {folder} lacks")
-            return files
-    raise ConversionError(
-        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards"
-    )
 
 
 def local_folder(source: str | Path, revision: str | None = None) -> Path:

@@ -6,8 +6,7 @@ model in float32 would take more than `SHARE_OF_MEMORY` of the memory that is fr
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from transformers import CONFIG_MAPPING
 from transformers.utils import logging
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.conversion.carried_files import read_json
 from minillm.conversion.checkpoint import CONFIG_NAME, Checkpoint, widest
 from minillm.conversion.family import ConversionError, Family
+from minillm.conversion.files import read_json
 from minillm.conversion.gguf_file import GGUFCheckpoint
+from minillm.training.put_back import evaluating, quiet
 
 logger = logging.get_logger(__name__)
 
@@ -68,7 +68,7 @@ def few_logits(model: Any) -> torch.Tensor:
 
     A prefix model reads the first third as its prefix.
     """
-    config, modes = model.config, [(module, module.training) for module in model.modules()]
+    config = model.config
     returned = config.return_dict
     longest = getattr(config, "max_position_embeddings", None) or TOKENS
     count = max(1, min(TOKENS, longest))
@@ -76,16 +76,13 @@ def few_logits(model: Any) -> torch.Tensor:
     inputs = {"input_ids": ids[None].to(model.device)}
     if getattr(config, "attention_type", None) == "prefix":
         inputs["prefix_mask"] = (torch.arange(count) < count // 3).long()[None].to(model.device)
-    model.eval()
     # The models inside a model ask the config.
     config.return_dict = True
     try:
-        with torch.no_grad():
+        with evaluating(model):
             return model(**inputs, use_cache=False).logits.double().cpu()
     finally:
         config.return_dict = returned
-        for module, mode in modes:
-            module.training = mode
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -139,20 +136,6 @@ def logits_of(load: Load) -> torch.Tensor:
     # Models hold references to themselves.
     gc.collect()
     return logits
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No bars and no reports of transformers on models that are loaded only to be compared."""
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if had_bars:
-            logging.enable_progress_bar()
 
 
 def compare_conversion(plan: Any, folder: Path, dtype: torch.dtype | None) -> None:

@@ -20,6 +20,7 @@ from minillm.conversion.checkpoint import (
     MAX_SHARD_SIZE,
     WEIGHT_DTYPES,
     Checkpoint,
+    finite_tensor,
     local_folder,
     require_finite,
     require_weights,
@@ -28,11 +29,13 @@ from minillm.conversion.checkpoint import (
 )
 from minillm.conversion.comparison import compare_conversion, compare_export
 from minillm.conversion.families import BLOOM, FALCON, GLM, GPT2, LLAMA, MIXTRAL, MPT
-from minillm.conversion.family import ConversionError, Family, NameMapping
+from minillm.conversion.family import ConversionError, Family, NameMapping, tensors_of
+from minillm.conversion.files import faults_of
 from minillm.conversion.gguf_file import GGUFCheckpoint
 from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
+from minillm.publishing.cards import CARD_NAME, model_card
 from minillm.publishing.folders import claimed, new_folder, require_apart
-from minillm.publishing.hub import CARD_NAME, complete_generation_config, model_card
+from minillm.publishing.hub import completed_generation_config
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -94,7 +97,7 @@ class Rewriter:
         dtype: what tensors are cast to; None leaves them as they are.
 
     Raises:
-        ConversionError: `dtype` is none of weights; later, a tensor that holds NaN or an infinite number.
+        ConversionError: `dtype` is none of weights; later, a tensor that it makes infinite.
     """
 
     def __init__(self, steps: Iterable[Step], read: Make, dtype: torch.dtype | None) -> None:
@@ -108,8 +111,7 @@ class Rewriter:
         """The target tensor called `name`."""
         if name not in self.made:
             sources, targets, function = self.by_target[name]
-            read = [require_finite(source, self.read(source), "in the checkpoint") for source in sources]
-            self.made |= dict(zip(targets, function(read), strict=True))
+            self.made |= dict(zip(targets, function([self.read(source) for source in sources]), strict=True))
         tensor = self.made.pop(name).contiguous()
         if self.dtype not in (None, tensor.dtype):
             tensor = require_finite(name, tensor.to(self.dtype), f"in {self.dtype}: choose a wider `dtype`")
@@ -141,11 +143,12 @@ class Plan:
         self.raw, self.overrides = raw, overrides
         raw["_name_or_path"] = raw.get("_name_or_path") or checkpoint.folder.resolve().name
         self.checkpoint = checkpoint
-        self.family = detect(raw) if family is None else family_of(family)
-        self.config = self.family.read_config(raw, overrides)
-        self.mappings, self.targets = self.family.mappings(self.config)
-        self.source_names = self._source_names()
-        self._check_tensors()
+        with faults_of(checkpoint.file):
+            self.family = detect(raw) if family is None else family_of(family)
+            self.config = self.family.read_config(raw, overrides)
+            self.mappings, self.targets = self.family.mappings(self.config)
+            self.source_names = self._source_names()
+            self._check_tensors()
 
     @property
     def read_names(self) -> list[str]:
@@ -190,7 +193,7 @@ class Plan:
             (mapping.native, mapping.minillm, partial(mapping.transform.to_minillm, config=self.config))
             for mapping in self.mappings
         )
-        return Rewriter(steps, lambda name: self.checkpoint.tensor(self.source_names[name]), dtype)
+        return Rewriter(steps, lambda name: finite_tensor(self.checkpoint, self.source_names[name]), dtype)
 
 
 def native_shapes(
@@ -209,7 +212,7 @@ def some(names: list[str]) -> str:
 
 def open_checkpoint(source: str | Path, revision: str | None) -> Checkpoint | GGUFCheckpoint:
     if str(source).endswith(".gguf") and revision is None:
-        if not Path(source).is_file():
+        if not Path(source).exists():
             raise ConversionError(f"{source} does not exist")
         return GGUFCheckpoint(Path(source))
     return Checkpoint(local_folder(source, revision))
@@ -279,6 +282,7 @@ def convert(
     """
     check_output(source, out, MiniLLMConfig.model_type, overwrite)
     checkpoint = open_checkpoint(source, revision)
+    checkpoint.check_carried()
     plan = Plan(checkpoint, family, ignore_keys, overrides)
     make = counted(plan.rewriter(dtype), len(plan.targets), progress)
     with new_folder(out, MiniLLMConfig.model_type, overwrite) as folder:
@@ -293,8 +297,7 @@ def convert(
         model_card(model).save(folder / CARD_NAME)
         checkpoint.carry_over(folder)
         if not (folder / "generation_config.json").exists():
-            complete_generation_config(model)
-            model.generation_config.save_pretrained(folder)
+            completed_generation_config(model).save_pretrained(folder)
         compare_conversion(plan, folder, dtype)
     return plan.config
 
@@ -356,20 +359,19 @@ def export(
     target = family_of(family)
     check_output(source, out, target.model_type, overwrite)
     checkpoint = Checkpoint(local_folder(source))
+    checkpoint.check_carried()
     if checkpoint.config.get("model_type") != MiniLLMConfig.model_type:
         raise ConversionError(f"{source} holds a {checkpoint.config.get('model_type')!r} model, not a MiniLLM")
-    try:
+    with faults_of(checkpoint.file):
         config = MiniLLMConfig.from_dict(checkpoint.config, **overrides)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
+        check_minillm_tensors(checkpoint, tensors_of(config))
     native_config = target.write_config(config)
     mappings, shapes = target.mappings(config)
-    check_minillm_tensors(checkpoint, shapes)
     native = {}
     for mapping in mappings:
         native |= native_shapes(mapping, shapes, config)
     steps = ((m.minillm, m.native, partial(m.transform.to_native, config=config)) for m in mappings)
-    make = counted(Rewriter(steps, checkpoint.tensor, dtype), len(native), progress)
+    make = counted(Rewriter(steps, partial(finite_tensor, checkpoint), dtype), len(native), progress)
     with new_folder(out, target.model_type, overwrite) as folder:
         kept = dtype or widest(checkpoint.kinds, shapes)
         shapes = {name: tensor.to(kept) for name, tensor in native.items()}

@@ -1,14 +1,16 @@
 """A family as data: how its config keys and tensor names map to MiniLLM's, read in both directions."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.configuration.configuration_minillm import MISREAD
+from minillm.configuration.saved_values import refuse_impossible
 from minillm.configuration.spellings import KNOWN_EXTRA_KEYS
 from minillm.conversion.transforms import SAME, Transform
 
@@ -32,11 +34,16 @@ NOT_COMPARED = frozenset(
 )
 
 
+LINE_BREAK = re.compile(r"\s*\n\s*")
+
 NAMED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 class ConversionError(ValueError):
-    """A checkpoint or a config that cannot be converted exactly; the message names the key or tensor."""
+    """A checkpoint or a config that cannot be converted exactly; the message, one line, names the key or tensor."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(LINE_BREAK.sub(" ", message))
 
 
 class TensorRule(NamedTuple):
@@ -107,8 +114,17 @@ class Family:
         """MiniLLM's config for a native config.json.
 
         Raises:
-            ConversionError: a key that is not understood, or a value that MiniLLM has no setting for.
+            ConversionError: a key that is not understood, or a value that is none or that MiniLLM has no setting for.
         """
+        try:
+            refuse_impossible(raw)
+            return self._read(raw, overrides or {})
+        except ConversionError:
+            raise
+        except (ValueError, *MISREAD) as error:
+            raise ConversionError(f"the {self.name} config cannot be expressed: {error}") from error
+
+    def _read(self, raw: dict[str, Any], overrides: Mapping[str, Any]) -> MiniLLMConfig:
         if raw.get("quantization_config") or raw.get("quantization_bit"):
             raise ConversionError(
                 f"`{'quantization_config' if raw.get('quantization_config') else 'quantization_bit'}`: the checkpoint "
@@ -131,13 +147,10 @@ class Family:
         for name, value in self.fixed.items():
             found[name] = value(found) if callable(value) else value
         found |= {name: real_ids(found[name]) for name in NAMED_IDS if name in found}
-        found |= overrides or {}
-        if "rope_parameters" not in (overrides or {}):
+        found |= overrides
+        if "rope_parameters" not in overrides:
             self._refuse_partial_rotary(found.get("rope_parameters"))
-        try:
-            return MiniLLMConfig(**found)
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise ConversionError(f"the {self.name} config cannot be expressed: {error}") from error
+        return MiniLLMConfig(**found)
 
     def _refuse_partial_rotary(self, rope: Any) -> None:
         factor = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
@@ -162,7 +175,7 @@ class Family:
         try:
             values = self._complete(self._with_floats(values))
             back = self.read_config(values)
-        except (ValueError, TypeError, StrictDataclassError) as error:
+        except (ValueError, *MISREAD) as error:
             if not wrong:
                 raise ConversionError(f"this model is no {self.name}: {error}") from error
         else:
@@ -196,7 +209,7 @@ class Family:
             return {**self.defaults, **raw}
         try:
             return CONFIG_MAPPING[self.model_type].from_dict(raw).to_dict()
-        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        except (ValueError, *MISREAD) as error:
             raise ConversionError(f"this is no valid {self.name} config: {error}") from error
 
     def _refuse_unknown(self, raw: dict[str, Any]) -> None:
@@ -216,10 +229,7 @@ class Family:
 
     def mappings(self, config: MiniLLMConfig) -> tuple[list[NameMapping], dict[str, torch.Tensor]]:
         """The rules with concrete names, and MiniLLM's tensors by name on the meta device."""
-        with torch.device("meta"):
-            targets = MiniLLMForCausalLM(config).state_dict()
-        if config.tie_word_embeddings:
-            del targets["lm_head.weight"]
+        targets = tensors_of(config)
         found = [mapping for rule in self.tensors for mapping in _expand(rule, config, targets)]
         filled = [name for mapping in found for name in mapping.minillm]
         if sorted(filled) != sorted(targets):
@@ -227,6 +237,15 @@ class Family:
                 f"the {self.name} rules do not fit this config: {sorted(set(targets).symmetric_difference(filled))}"
             )
         return found, targets
+
+
+def tensors_of(config: MiniLLMConfig) -> dict[str, torch.Tensor]:
+    """The tensors that a saved MiniLLM holds, by name on the meta device."""
+    with torch.device("meta"):
+        tensors = MiniLLMForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
 
 
 GENERIC_FIELDS = frozenset(PreTrainedConfig.__dataclass_fields__) - {"tie_word_embeddings"} | NOT_COMPARED

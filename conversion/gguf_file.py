@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedTokenizerFast,
+)
 
-from minillm.conversion.checkpoint import kind_of
 from minillm.conversion.family import ConversionError
+from minillm.conversion.files import kind_of, require_held
+from minillm.conversion.gguf_header import check_header
 
 # Without the number of key heads transformers leaves queries and keys in GGUF's order; for others it has defaults.
 REQUIRED = frozenset(
@@ -35,10 +43,12 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, file: Path) -> None:
-        self.folder = file.parent
+        self.folder, self.file = file.parent, file
         try:
             reader = open_header(file)
             passed_over = unread(file, reader)
+            native = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            require_held(file, native, {tensor.name: tensor.shape.tolist() for tensor in reader.tensors})
             model, info = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
@@ -65,9 +75,13 @@ class GGUFCheckpoint:
         self.shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         self.kinds = {name: kind_of(tensor) for name, tensor in self.tensors.items()}
         self.names = self.tensors.keys()
+        self.where = dict.fromkeys(self.names, file)
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def check_carried(self) -> None:
+        """Nothing: the tokenizer is read already."""
 
     def carry_over(self, target: Path) -> None:
         """Writes tokenizer and generation config."""
@@ -76,11 +90,12 @@ class GGUFCheckpoint:
 
 
 def open_header(file: Path) -> Any:
-    """The `GGUFReader` of a file. ConversionError where its package is not installed."""
+    """The `GGUFReader` of a file. ConversionError where it is damaged, or the package is not installed."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise ConversionError(f"{file}: what reads GGUF files is the package gguf: pip install gguf") from error
+    check_header(file)
     return GGUFReader(file)
 
 
@@ -96,6 +111,13 @@ def unread(file: Path, reader: Any) -> dict[str, Any]:
     settings = {key: field.contents() for key, field in reader.fields.items() if key.startswith(("llama.", "split."))}
     if missing := sorted(REQUIRED - settings.keys()):
         raise ConversionError(f"{file} lacks {', '.join(f'`{key}`' for key in missing)}")
+    for key in sorted(REQUIRED):
+        if not isinstance(settings[key], int | float) or not settings[key] > 0:
+            raise ConversionError(f"{file}: `{key}={settings[key]!r}` must be a positive number")
+    if settings["llama.block_count"] > len(reader.tensors):
+        raise ConversionError(
+            f"{file}: `llama.block_count={settings['llama.block_count']}` cannot be with {len(reader.tensors)} tensors"
+        )
     tensors = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors if not TENSOR.fullmatch(tensor.name)}
     return {key: value for key, value in settings.items() if key not in READ and not harmless(key, settings)} | tensors
 

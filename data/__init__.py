@@ -10,11 +10,13 @@ from minillm.data.corpus import (
     standard_library,
     tokenize_documents,
 )
+from minillm.data.packed_rows import PackedRows
 from minillm.data.span_masking import GLMSample, corrupt
 
 __all__ = [
     "CorpusError",
     "GLMSample",
+    "PackedRows",
     "TextDocument",
     "corrupt",
     "cut_document",

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -23,16 +24,25 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
         if not 1 <= length <= capacity:
             raise ValueError(f"document {index} has {length} tokens; a row holds between 1 and {capacity}")
     rows: list[list[int]] = []
-    # Sorted (free tokens, row) pairs: the first one with enough room is the fullest row that fits.
-    room: list[tuple[int, int]] = []
+    # Rows that have room, by how much: a heap of each size, and the sizes that occur, sorted. There are at most
+    # `capacity` sizes, however many rows there are.
+    with_room: dict[int, list[int]] = {}
+    sizes: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        place = bisect_left(room, (lengths[index], -1))
-        if place == len(room):
+        length = lengths[index]
+        place = bisect_left(sizes, length)
+        if place == len(sizes):
             free, row = capacity, len(rows)
             rows.append([])
         else:
-            free, row = room.pop(place)
+            free = sizes[place]
+            row = heappop(with_room[free])
+            if not with_room[free]:
+                del with_room[free], sizes[place]
         rows[row].append(index)
-        if free > lengths[index]:
-            insort(room, (free - lengths[index], row))
+        if left := free - length:
+            if left not in with_room:
+                with_room[left] = []
+                insort(sizes, left)
+            heappush(with_room[left], row)
     return sorted(sorted(row) for row in rows)

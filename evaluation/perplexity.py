@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from minillm.data.documents import NothingToScoreError
+from minillm.training.put_back import evaluating
 
 IGNORE_INDEX = -100
 
@@ -67,7 +68,7 @@ def perplexity(
 
     Args:
         model: any model whose forward takes the collator's tensors and returns logits [batch, tokens, vocabulary]. It
-            is put into evaluation mode and back into the mode it was in.
+            is put into evaluation mode, and each of its modules back into the mode that it was in.
         dataset: samples as the collator takes them.
         collator: makes tensors with `labels` [batch, tokens]; position t-1 predicts labels[t].
         batch_size: samples per call of the collator.
@@ -75,17 +76,12 @@ def perplexity(
     Raises:
         ValueError: nothing to score, no labels, or a prefix model and a collator that marks no prefix.
     """
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    try:
-        with torch.no_grad():
-            for batch in batches(dataset, collator, batch_size):
-                losses = token_nll(model, batch)
-                total += losses.sum(dtype=torch.float64).item()
-                count += losses.numel()
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for batch in batches(dataset, collator, batch_size):
+            losses = token_nll(model, batch)
+            total += losses.sum(dtype=torch.float64).item()
+            count += losses.numel()
     return PerplexityResult.from_sum(total, count)
 
 

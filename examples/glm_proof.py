@@ -37,6 +37,7 @@ from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __versi
 from minillm.data import corrupt, load_corpus, split_corpus
 from minillm.data.span_masking import most_spans, poisson_cdf, token_spans
 from minillm.training import DataCollatorForCausalLM, DataCollatorForGLM, DocumentCollator, SetEpochCallback
+from minillm.training.put_back import evaluating
 
 IGNORED = -100
 PADDING = {"labels": IGNORED}
@@ -185,7 +186,6 @@ def padded(values: list[int], width: int, padding: int) -> list[int]:
     return values + [padding] * (width - len(values))
 
 
-@torch.no_grad()
 def score_rows(
     model: Any, rows: Sequence[dict[str, list[int]]], batch_size: int = 32, never: int | None = None
 ) -> Scores:
@@ -195,7 +195,6 @@ def score_rows(
         never: an id to which a model gives no probability where it is not the label: with that of the end token, the
             model is told how long a span is.
     """
-    model.eval()
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
     nll, hit = [np.empty(0)] * len(rows), [np.empty(0)] * len(rows)
     for first in range(0, len(order), batch_size):
@@ -207,7 +206,8 @@ def score_rows(
         }
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        with evaluating(model):
+            logits = model(**batch, use_cache=False).logits[:, :-1].float()
         if never is not None:
             logits[..., never] = logits[..., never].masked_fill(labels != never, -torch.inf)
         losses = -logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]

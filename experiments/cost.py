@@ -3,6 +3,7 @@
 Nothing is allocated: the model is built on the meta device.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,15 @@ class Cost(NamedTuple):
 
 def read_cost(config: MiniLLMConfig) -> Cost:
     """The cost of a causal language model of this config."""
+    # All layers are alike: two models tell what one more layer adds, however many there are.
+    one, two = (_read_cost(config, layers) for layers in (1, 2))
+    more = config.num_hidden_layers - 1
+    return Cost(*(first + more * (second - first) for first, second in zip(one, two, strict=True)))
+
+
+def _read_cost(config: MiniLLMConfig, layers: int) -> Cost:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
     with torch.device("meta"):
         model = MiniLLMForCausalLM(config)
     tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]

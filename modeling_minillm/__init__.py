@@ -7,8 +7,7 @@ imported, or at once if they are there.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from minillm.plugin.after_import import after_import
-from minillm.plugin.peft_tables import TABLES, fill_peft_tables
+from minillm.import_hooks import after_import
 from minillm.version import __version__
 
 if TYPE_CHECKING:
@@ -80,5 +79,5 @@ after_import.call(
     "transformers.modeling_utils",
     "minillm.configuration.configuration_minillm",
     "minillm.tokenization.tokenization_minillm",
+    "peft.utils.constants",
 )
-after_import.call(fill_peft_tables, TABLES)

@@ -5,6 +5,7 @@ the files beside this one and are chosen when a layer is built; masks and biases
 `minillm.back_ends`.
 """
 
+import os
 from itertools import islice
 from typing import Any
 
@@ -48,10 +49,12 @@ from minillm.checks import (
     read_text_labels,
 )
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.default_targets import PEFT_TABLES, fill_peft_tables
 from minillm.feed_forward import MLPS, MiniLLMRouter
 from minillm.generation import MiniLLMGenerationMixin
 from minillm.geometry import read_geometry
 from minillm.head import MiniLLMHeadMixin, build_head, keep_positions, last_real_token
+from minillm.import_hooks import after_import
 from minillm.infilling import MiniLLMInfillingMixin
 from minillm.initialization import initialize, mark_gains
 from minillm.loss import causal_lm_loss, join_router_loss, refuse_router_logits, skips_logits
@@ -66,6 +69,9 @@ from minillm.tuning import TuningOfModel
 logger = logging.get_logger(__name__)
 
 PAGED_KEYS = ("read_index", "write_index")
+
+# Here and not where the package registers itself, so that it holds where only a model's folder has the code.
+after_import.call(fill_peft_tables, PEFT_TABLES)
 
 
 class MiniLLMDecoderLayer(GradientCheckpointingLayer):
@@ -114,6 +120,9 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
         # Fields may have been assigned since the config was made.
         config.validate_architecture()
         super().__init__(config, *inputs, **kwargs)
+        if os.path.isdir(self.name_or_path):
+            # PEFT and transformers write it into adapters, which must find their base from any working folder.
+            self.name_or_path = os.path.abspath(self.name_or_path)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The one gate of every way to choose a back end (argument, setter, config field)."""
@@ -133,6 +142,21 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator in this file; it stands in `minillm.feed_forward`.
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The kernel for experts that fits: transformers' default takes rows of whole 16 bytes, and fails in the midst
+        of a forward over others."""
+        fields = vars(self.config)
+        widths = fields["hidden_size"], fields["intermediate_size"]
+        has_experts = fields["mlp_type"] == "moe"
+        if has_experts and requested_experts == "grouped_mm" and any(width % 4 for width in widths):
+            raise ValueError(
+                f"experts_implementation='grouped_mm' with `hidden_size={widths[0]}` and `intermediate_size="
+                f"{widths[1]}`: its rows must be a multiple of 16 bytes; use 'eager' or 'batched_mm'"
+            )
+        if has_experts and requested_experts is None and any(width % 8 for width in widths):
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

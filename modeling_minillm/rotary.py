@@ -118,7 +118,7 @@ def compute_ntk(config: MiniLLMConfig, *args, **kwargs) -> tuple[torch.Tensor, f
     """Fixed NTK-aware scaling: the base grows by `factor ** (dim / (dim - 2))`, so that the lowest frequency is
     stretched by `factor` and the highest stays."""
     dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-    stretch = config.rope_parameters["factor"] ** (dim / max(dim - 2, 1))
+    stretch = config.rope_parameters["factor"] ** (dim / (dim - 2))
     return inverse_frequencies(config, config.rope_parameters["rope_theta"] * stretch), 1.0
 
 

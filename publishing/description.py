@@ -1,6 +1,7 @@
 """A model's variant in words and in drawings, for model cards, `minillm info` and the documentation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -68,6 +69,24 @@ def describe(config: MiniLLMConfig) -> dict[str, str]:
         "size": f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.vocab_size} tokens",
         "length": f"made for {config.max_position_embeddings} tokens",
     }
+
+
+def describe_adapter(adapter: Mapping[str, Any]) -> dict[str, str]:
+    """What a PEFT adapter is, by the values of its config, as pairs of a topic and a phrase."""
+    kind = adapter.get("peft_type")
+    kind = getattr(kind, "value", kind)
+    words = {"kind": f"{kind} adapter: changes to a base model, no model of its own"}
+    if kind == "LORA":
+        words["rank"] = f"{adapter['r']} (alpha {adapter['lora_alpha']}, dropout {adapter['lora_dropout']})"
+    for topic, key in (
+        ("changed modules", "target_modules"),
+        ("modules trained whole", "modules_to_save"),
+        ("tokens whose rows are trained", "trainable_token_indices"),
+        ("virtual tokens", "num_virtual_tokens"),
+    ):
+        if found := adapter.get(key):
+            words[topic] = str(found) if isinstance(found, (str, int)) else ", ".join(sorted(map(str, found)))
+    return words
 
 
 def draw_mask(

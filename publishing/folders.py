@@ -204,7 +204,8 @@ def require_apart(source: str | Path, out: str | Path) -> None:
     if not Path(source).exists():
         return
     source, out = Path(source).resolve(), Path(out).resolve()
-    files = [path.resolve() for path in source.iterdir()] if source.is_dir() else []
+    # Not `resolve`, which raises for links in a circle.
+    files = [Path(os.path.realpath(path)) for path in source.iterdir()] if source.is_dir() else []
     above_source = [path for file in (source, *files) for path in (file, *file.parents)]
     if any(same(out, path) for path in dict.fromkeys(above_source)) or any(same(source, path) for path in out.parents):
         raise ValueError(f"{out} is the source {source}, or one is inside the other: choose another folder to write")

@@ -4,23 +4,27 @@
 Python files that define its classes, an `auto_map` that names them, a model card, and token ids that generation needs.
 """
 
+import contextlib
+import copy
 import functools
 import inspect
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.import_hooks import after_import
 from minillm.modeling_minillm import MiniLLMPreTrainedModel
 from minillm.publishing.bundle import write_bundles
-from minillm.publishing.description import describe
+from minillm.publishing.cards import CARD_NAME, is_repository, is_template, model_card, write_adapter_card
 from minillm.publishing.folders import updated_folder
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
@@ -34,17 +38,6 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_minillm.MiniLLMForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_minillm.MiniLLMForQuestionAnswering",
 }
-TASKS = {
-    "MiniLLMForCausalLM": ("text-generation", "AutoModelForCausalLM"),
-    "MiniLLMForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
-    "MiniLLMForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
-    "MiniLLMForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
-    "MiniLLMModel": ("feature-extraction", "AutoModel"),
-}
-DEFAULT_LICENSE = "apache-2.0"
-CARD_NAME = "README.md"
-# In the empty template that transformers uploads, where MiniLLM is not imported: ours says more.
-STOCK_CARD_PHRASE = "This model card has been automatically generated"
 # Of an older tokenizer, where the new one has none: transformers would read them beside the new one's files.
 OUTDATED_TOKENIZER = (
     "chat_template.jinja",
@@ -64,55 +57,29 @@ def outdated_weights(variant: str | None, adapter: bool) -> Callable[[str], bool
     return lambda name: pattern.fullmatch(name) is not None
 
 
-def model_card(model: MiniLLMPreTrainedModel) -> ModelCard:
-    """A card that says what the model is and how to load it, with and without MiniLLM."""
-    config = model.config
-    task, auto_class = TASKS.get(type(model).__name__, TASKS["MiniLLMModel"])
-    tags = ["minillm", config.attention_type, config.position_embedding_type, *(model.model_tags or [])]
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
-        license=DEFAULT_LICENSE,
-        tags=list(dict.fromkeys(tags)),
-    )
-    variant = "\n".join(f"- **{topic}**: {phrase}" for topic, phrase in describe(config).items())
-    return ModelCard(
-        f"""---
-{data.to_yaml()}
----
-
-# MiniLLM model
-
-A [transformers](https://github.com/huggingface/transformers) model with {model.num_parameters():,} parameters, made
-with MiniLLM {config.minillm_version}.
-
-{variant}
-
-## How to load it
-
-The code is in this repository, so transformers is enough:
-
-```python
-from transformers import AutoTokenizer, {auto_class}
-
-model = {auto_class}.from_pretrained("PATH_OR_REPOSITORY", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY", trust_remote_code=True)
-```
-
-With `pip install minillm-hf` and `import minillm` it loads without `trust_remote_code`.
-"""
-    )
-
-
-def complete_generation_config(model: MiniLLMPreTrainedModel) -> None:
-    """Fills in the end and padding ids; without a padding token the end token pads."""
-    generation = model.generation_config
+def completed_generation_config(model: MiniLLMPreTrainedModel) -> GenerationConfig:
+    """A copy of a model's generation config with end and padding ids; without a padding token the end token pads."""
+    generation = copy.deepcopy(model.generation_config)
     if generation.eos_token_id is None:
         generation.eos_token_id = model.config.eos_token_id
     if generation.pad_token_id is None:
         ends = generation.eos_token_id
         first_end = ends[0] if isinstance(ends, list) else ends
         generation.pad_token_id = first_end if model.config.pad_token_id is None else model.config.pad_token_id
+    return generation
+
+
+@contextlib.contextmanager
+def completed(model: MiniLLMPreTrainedModel) -> Iterator[None]:
+    """The model has a complete generation config; afterwards its own: saving must not change what it generates."""
+    if not model.can_generate():
+        yield
+        return
+    own, model.generation_config = model.generation_config, completed_generation_config(model)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def save_then_push(save: Callable, obj: Any, folder: Any, kwargs: dict[str, Any]) -> Any:
@@ -180,19 +147,23 @@ def model_save(save: Callable) -> Callable:
     ) -> Any:
         if push_to_hub:
             return save_then_push(type(self).save_pretrained, self, save_directory, split_push(kwargs))
-        if self.can_generate():
-            complete_generation_config(self)
         writes = is_main_process and self.should_save_on_this_rank(is_main_process)
         is_adapter = getattr(self, "_hf_peft_config_loaded", False)
         given = inspect.signature(save).bind(self, save_directory, is_main_process, *args, **kwargs).arguments
         if not writes or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
             # Of a distributed checkpoint each process writes its own part.
-            result = save(self, save_directory, is_main_process, *args, **kwargs)
+            with completed(self):
+                result = save(self, save_directory, is_main_process, *args, **kwargs)
         else:
-            with updated_folder(save_directory, outdated_weights(given.get("variant"), is_adapter)) as folder:
+            outdated = outdated_weights(given.get("variant"), is_adapter)
+            with updated_folder(save_directory, outdated) as folder, completed(self):
                 result = save(self, folder, is_main_process, *args, **kwargs)
-                if not is_adapter and not (Path(save_directory) / CARD_NAME).exists():
-                    model_card(self).save(folder / CARD_NAME)
+                if not (Path(save_directory) / CARD_NAME).exists():
+                    if is_adapter:
+                        # transformers saves one, whatever its name is, as if it were the only one.
+                        write_adapter_card(self, {"default": self.peft_config[self.active_adapters()[0]]}, folder)
+                    else:
+                        model_card(self).save(folder / CARD_NAME)
         # Transformers' own barrier came before the files had their place.
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
         return result
@@ -216,7 +187,7 @@ def settle_card(api: HfApi, repo_id: str, revision: str | None, path: Path, tags
     """Keeps the repository's card in the place of the saved one, unless it is the empty template; adds the tags."""
     if api.file_exists(repo_id, CARD_NAME, revision=revision):
         text = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_text("utf-8")
-        if STOCK_CARD_PHRASE not in text or not path.exists():
+        if not is_template(text) or not path.exists():
             path.write_text(text, "utf-8")
     if tags:
         bare = f"---\n{ModelCardData(library_name='transformers').to_yaml()}\n---\n"
@@ -226,7 +197,7 @@ def settle_card(api: HfApi, repo_id: str, revision: str | None, path: Path, tags
 
 
 def push_to_hub(
-    self: MiniLLMPreTrainedModel | MiniLLMConfig | MiniLLMTokenizer,
+    self: Any,
     repo_id: str,
     *,
     commit_message: str | None = None,
@@ -238,7 +209,8 @@ def push_to_hub(
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
 ) -> Any:
-    """Uploads what `save_pretrained` writes: for a model also its card, unless the repository has one of its own.
+    """Uploads what `save_pretrained` writes: for a model or an adapter also its card, unless the repository has one of
+    its own.
 
     Arguments and result are those of `transformers.PreTrainedModel.push_to_hub`.
     """
@@ -259,6 +231,35 @@ def push_to_hub(
         )
 
 
+def give_adapters_cards() -> None:
+    """Has PEFT write and upload our card for an adapter to a MiniLLM, where its own is an empty template that names a
+    folder as the base model, or, in an upload, no base model at all."""
+    from peft import PeftModel as cls
+
+    stock_card, stock_push = cls.create_or_update_model_card, cls.push_to_hub
+
+    @functools.wraps(stock_card)
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        model = self.get_base_model()
+        if not isinstance(model, MiniLLMPreTrainedModel):
+            return stock_card(self, output_dir)
+        return write_adapter_card(model, self.peft_config, output_dir)
+
+    @functools.wraps(stock_push)
+    def push(self: Any, repo_id: str, **kwargs: Any) -> Any:
+        if not isinstance(self.get_base_model(), MiniLLMPreTrainedModel):
+            return stock_push(self, repo_id, **kwargs)
+        for name, config in self.peft_config.items():
+            if not is_repository(base := config.base_model_name_or_path):
+                logger.warning(
+                    f"The base model of the adapter {name!r} is {base or 'not named'}, which others cannot load: "
+                    "upload it, set `peft_config[...].base_model_name_or_path` to its repository, and push again."
+                )
+        return push_to_hub(self, repo_id, **kwargs)
+
+    cls.create_or_update_model_card, cls.push_to_hub = create_or_update_model_card, push
+
+
 def install() -> None:
     """Wraps the saving methods and replaces the uploading one, once."""
     if "push_to_hub" in vars(MiniLLMConfig):
@@ -268,3 +269,4 @@ def install() -> None:
     MiniLLMPreTrainedModel.save_pretrained = model_save(MiniLLMPreTrainedModel.save_pretrained)
     for cls in (MiniLLMConfig, MiniLLMTokenizer, MiniLLMPreTrainedModel):
         cls.push_to_hub = push_to_hub
+    after_import.call(give_adapters_cards, "peft.peft_model")

@@ -11,10 +11,12 @@ import sys
 
 import deprecations
 import pytest
+import random_cases
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 torch.set_num_threads(1)
+random_cases.register_profiles()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ The dtype of the weights decides the arithmetic: double for a yardstick, float32
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import LlamaConfig
@@ -24,6 +24,7 @@ class Row:
     position: list  # index of the token in its document (or what the caller says)
     block_position: list  # GLM's second axis
     prefix_block: list  # number of the bidirectional block the token belongs to, or None
+    own_mask: list | None = None  # what a caller's own mask adds to a score: [head][query][key], -inf where it hides
 
     def __len__(self):
         return len(self.real)
@@ -112,6 +113,13 @@ def visible(attention_type, sliding_window, row, query, key):
         return True
     same_block = row.prefix_block[query] is not None and row.prefix_block[query] == row.prefix_block[key]
     return attention_type == "prefix" and same_block
+
+
+def sees(config, row, added, query, key):
+    """A caller's own mask says all by itself who sees whom."""
+    if row.own_mask is not None:
+        return added[key] > -math.inf
+    return visible(config.attention_type, config.sliding_window, row, query, key)
 
 
 def alibi_slopes(num_heads, bias_max=8.0):
@@ -292,11 +300,14 @@ def attention(config, weights, x, row, model_dtype):
     for head in range(heads):
         shared = head // (heads // key_heads)
         for query in slots:
-            seen = [key for key in slots if visible(config.attention_type, config.sliding_window, row, query, key)]
+            added = [0.0] * len(row) if row.own_mask is None else row.own_mask[head][query]
+            seen = [key for key in slots if sees(config, row, added, query, key)]
             if not row.real[query]:
                 outputs.append(torch.zeros(dim, dtype=x.dtype))
                 continue
-            biases = [bias(config, head, row.position[query], row.position[key], model_dtype) for key in seen]
+            biases = [
+                added[key] + bias(config, head, row.position[query], row.position[key], model_dtype) for key in seen
+            ]
             outputs.append(attend(queries[head][query], keys[shared][seen], values[shared][seen], biases))
     joined = torch.stack(outputs).reshape(heads, len(row), dim).transpose(0, 1).reshape(len(row), heads * dim)
     return linear(weights, "self_attn.o_proj", joined)
@@ -436,15 +447,19 @@ def reference_hidden_states(
     block_position_ids=None,
     training=False,
     model_dtype=torch.float32,
+    own_mask=None,
 ):
     """The final hidden states, [batch, length, hidden] in the dtype of the weights.
 
     `training` switches the embedding-gradient shrink on (dropout is not modelled); `model_dtype` is what Bloom's and
-    Falcon's rounded ALiBi is rounded to.
+    Falcon's rounded ALiBi is rounded to; `own_mask` is added to the scores, [batch or 1, heads or 1, length, length].
     """
     if prefix_mask is not None and config.attention_type != "prefix":
         raise ValueError(f"prefix_mask needs attention_type='prefix', got {config.attention_type!r}")
     rows = describe_rows(input_ids.shape, attention_mask, position_ids, prefix_mask, document_ids, block_position_ids)
+    if own_mask is not None:
+        masks = own_mask.expand(len(rows), config.num_attention_heads, -1, -1).tolist()
+        rows = [replace(row, own_mask=mask) for row, mask in zip(rows, masks, strict=True)]
     return torch.stack(
         [
             run_row(config, state_dict, tokens, row, training, model_dtype)

@@ -36,6 +36,8 @@ def whole(tensor):
 
 def run(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    # Each process takes part in gathering the weights; one writes them.
+    model.save_pretrained(folder / "saved", is_main_process=os.environ["RANK"] == "0")
     inputs = torch.load(folder / "inputs.pt")
     own_mask = inputs.pop("own_mask")
     cut = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
@@ -67,10 +69,20 @@ def run(folder):
     return found
 
 
+def refusal_of(folder):
+    """What is said of heads that two processes cannot share."""
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    try:
+        model(torch.load(folder / "inputs.pt")["input_ids"])
+    except RuntimeError as error:
+        return str(error)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     stock.compile_friendly_flex_attention = uncompiled
     root = Path(sys.argv[1])
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        torch.save(run(folder), root / f"{folder.name}.{os.environ['RANK']}.pt")
+        do = refusal_of if folder.name == "one_shared_head" else run
+        torch.save(do(folder), root / f"{folder.name}.{os.environ['RANK']}.pt")
     dist.destroy_process_group()

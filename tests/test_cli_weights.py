@@ -114,7 +114,10 @@ def test_an_adapter_is_taken_only_whole_and_on_a_whole_base(tied, tmp_path):
 def test_an_adapter_without_its_base_is_one_line(tmp_path):
     adapter = save_adapter(save(tmp_path / "base"), tmp_path / "adapter")
     shutil.rmtree(tmp_path / "base")
-    assert f"{tmp_path / 'base'} is no folder here" in fail("generate", adapter, "a")
+    told = fail("generate", adapter, "a")
+    assert f"{adapter} is an adapter for {tmp_path / 'base'}, which cannot be loaded" in told
+    assert f"{tmp_path / 'base'} is no folder here" in told
+    assert f"base_model_name_or_path, or merge the two with `minillm export BASE OUT --adapter {adapter}`" in told
     (adapter / "adapter_config.json").write_text("{", "utf-8")
     assert "adapter holds no adapter that can be loaded" in fail("generate", adapter, "a")
     (adapter / "adapter_config.json").write_text("{}", "utf-8")

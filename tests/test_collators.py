@@ -195,6 +195,20 @@ def test_best_fit_takes_the_fullest_row_that_has_room():
     assert best_fit_decreasing([2, 6, 7, 1], 8) == [[0, 1], [2, 3]]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_best_fit_equals_a_search_through_all_rows(seed):
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    capacity = rng.choice([6, 40, 500])
+    lengths = [rng.randint(1, rng.choice([capacity, capacity // 3])) for _ in range(300)]
+    rows = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        rooms = [capacity - sum(lengths[other] for other in row) for row in rows]
+        fitting = [(room, number) for number, room in enumerate(rooms) if room >= lengths[index]]
+        rows[min(fitting)[1]].append(index) if fitting else rows.append([index])
+    assert best_fit_decreasing(lengths, capacity) == sorted(sorted(row) for row in rows)
+
+
 @pytest.mark.parametrize("kind", ["list", "datasets"])
 def test_packed_data_set_goes_through_the_collator_unchanged(kind):
     # Those of one token are left out by `pack_dataset`.

@@ -24,6 +24,7 @@ ROPE_WORDS = [
     ({"full_attention": {"rope_theta": 1e4}}, ["rope_parameters['full_attention']", "leave it out"]),
     ({"rope_type": "linear"}, ["linear", "factor", "add them"]),
     ({"rope_type": "ntk"}, ["ntk", "factor", "add them"]),
+    ({"rope_type": "ntk", "factor": 2.0, "partial_rotary_factor": 0.25}, ["ntk", "with 2 rotary", "single frequency"]),
     ({"rope_type": "llama3", "factor": 2.0}, ["low_freq_factor", "high_freq_factor"]),
     ({"rope_type": "su"}, ["rope_parameters['rope_type']='su'", "allowed", "longrope"]),
     ({"rope_theta": None}, ["rope_parameters['rope_theta']=None", "positive number"]),

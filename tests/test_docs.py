@@ -5,20 +5,22 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from docs_cases import DOCS, assert_shown, code_of
 from hub_server import running_hub
 
 from minillm import MiniLLMConfig
 from minillm.publishing.description import draw_mask
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
+ROOT = DOCS.parent
 PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
 DRAWING = re.compile(r"<!-- mask: (\{[^\n]*\}) -->\n```text\n(.*?)```", re.S)
 DRAWINGS = DRAWING.findall((DOCS / "variants.md").read_text("utf-8"))
+OF_THEIR_OWN = ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks"]
+# What these need is imported by other tests already; a process of their own would double their time.
+IN_PROCESS = ["adapters", "objectives", "preference_training"]
 PER_TOKEN = ("attention_mask", "prefix_mask", "document_ids")
 
 
@@ -61,22 +63,25 @@ def test_links_and_named_files_are_there(page):
         assert not anchor or anchor in anchors_of(linked), target
     # A page that is run leaves files of its own.
     rooms = (
-        "benchmarks|cli|configuration|conversion|docs|evaluation|examples|modeling_minillm|tests|tokenization|training"
+        "benchmarks|cli|configuration|conversion|data|docs|evaluation|examples|experiments|modeling_minillm|plugin|publishing|"
+        "tests|tokenization|training"
     )
     for named in re.findall(rf"`((?:{rooms})/[\w/.*-]+\.\w+)`", text):
         assert list(ROOT.glob(named)), named
 
 
-@pytest.mark.parametrize(
-    "page", ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks", "objectives"]
-)
+@pytest.mark.parametrize("page", IN_PROCESS)
+def test_the_code_of_a_page_runs_in_this_process(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code_of(page), f"{page}.md", "exec"), {"__name__": "__main__"})
+    assert_shown(page, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("page", [*OF_THEIR_OWN, pytest.param("tracking", marks=pytest.mark.slow)])
 def test_the_code_of_a_page_runs(page, tmp_path):
-    text = (DOCS / f"{page}.md").read_text("utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert blocks
     with running_hub(tmp_path / "hub") as environment:
         done = subprocess.run(
-            [sys.executable, "-c", "\n".join(blocks)],
+            [sys.executable, "-c", code_of(page)],
             cwd=tmp_path,
             env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -84,8 +89,7 @@ def test_the_code_of_a_page_runs(page, tmp_path):
             check=False,
         )
     assert done.returncode == 0, done.stderr[-3000:]
-    for shown in re.findall(r"^```\n\n```text\n(.*?)^```", text, re.M | re.S):
-        assert shown in done.stdout, done.stdout
+    assert_shown(page, done.stdout)
     if page == "publishing":
         shown = re.search(r"<!-- files -->\n```text\n(.*?)\n```", (DOCS / "publishing.md").read_text("utf-8"), re.S)[1]
         for folder in ("my-model", "my-merged-model"):

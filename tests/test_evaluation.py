@@ -11,6 +11,7 @@ from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.evaluation.ngram import BigramModel, UnigramModel, ngram_perplexity
 from minillm.evaluation.perplexity import PerplexityResult, perplexity
 from minillm.training.collators import DataCollatorForCausalLM, DataCollatorForPrefixLM, DataCollatorForSFT
+from minillm.training.put_back import evaluating
 
 VOCABULARY = 40
 
@@ -93,6 +94,45 @@ def test_evaluation_is_without_dropout_and_restores_training_mode():
     collator = DataCollatorForCausalLM(max_length=64, pad_token_id=0)
     assert perplexity(model, random_documents(3), collator) == perplexity(model, random_documents(3), collator)
     assert model.training
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["well", "by-an-error"])
+def test_each_module_goes_on_in_the_mode_that_it_was_in(fails):
+    model = tiny_model(hidden_dropout=0.5).train()
+    model.model.layers[0].eval()
+    model.model.layers[0].mlp.train()
+    before = [module.training for module in model.modules()]
+    collator = DataCollatorForCausalLM(max_length=64, pad_token_id=0)
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            perplexity(model, [[1, 2, 3]], lambda samples: 1 / 0)
+    else:
+        perplexity(model, [[1, 2, 3]], collator)
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+
+
+class Doubling(torch.nn.Module):
+    """A module that has to be told of each change of its mode, as one that merges an adapter while it evaluates."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def train(self, mode=True):
+        if self.training != mode:
+            self.weight.data *= 0.5 if mode else 2.0
+        return super().train(mode)
+
+
+def test_a_module_is_told_of_its_mode():
+    model = torch.nn.ModuleDict({"first": Doubling(), "second": Doubling().eval()})
+    for mode in (True, False):
+        model.training = mode
+        with evaluating(model):
+            assert [parameter.item() for parameter in model.parameters()] == [2.0, 2.0]
+        assert [parameter.item() for parameter in model.parameters()] == [1.0, 2.0]
+        assert [module.training for module in model.modules()] == [mode, True, False]
 
 
 def test_a_prefix_model_is_not_scored_causally_by_accident():

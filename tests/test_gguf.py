@@ -222,7 +222,7 @@ def test_other_architectures_and_broken_files_are_named(llama):
     whole = file.read_bytes()
     for part in (whole[:-1000], whole[:3000], b"", b"GGUF", b"x" * 3000):
         file.write_bytes(part)
-        with pytest.raises(ConversionError, match=r"tiny\.gguf cannot be read"):
+        with pytest.raises(ConversionError, match=r"tiny\.gguf is (damaged or cut off|empty|no GGUF file)"):
             load(file)
     with pytest.raises(ConversionError, match=r"none\.gguf does not exist"):
         load(file.with_name("none.gguf"))

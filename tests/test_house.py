@@ -1,8 +1,10 @@
 """The shape of the repository: packages, public names, light import, registration."""
 
 import ast
+import re
 import subprocess
 import sys
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -191,9 +193,36 @@ def test_too_old_transformers_is_refused_by_name():
 
 
 def test_version_is_one():
-    from importlib.metadata import version
-
     assert version("minillm-hf") == minillm.__version__
+
+
+def test_the_citation_names_this_version():
+    assert f"version: {minillm.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+# Imported under another name than they are installed by.
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+# Looked for, and used if it is there; the page on performance says how it is installed.
+NOT_DECLARED = {"liger_kernel"}
+
+
+def test_what_is_imported_is_declared():
+    imported = set()
+    for folder in setup_dict().values():
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+                imported |= {name.partition(".")[0] for name in names}
+    imported -= {*sys.stdlib_module_names, "minillm", *NOT_DECLARED}
+    required = [line.lower() for line in requires("minillm-hf")]
+    extras = {"train", "eval", "gguf"}
+    declared = {
+        re.match(r"[\w-]+", line)[0].replace("-", "_")
+        for line in required
+        if "extra ==" not in line or any(f'extra == "{extra}"' in line for extra in extras)
+    }
+    assert {DISTRIBUTIONS.get(name, name).lower() for name in imported} <= declared
 
 
 def test_py_typed_ships():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from matrix_cases import assert_close, batch, double_weights, loud_model, real_tokens, tiny_config
-from reference import reference_greedy, router_loss
+from reference import reference_greedy, reference_logits, router_loss
 from transformers import AutoModelForCausalLM, CompileConfig, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils.output_capturing import OutputRecorder
@@ -60,6 +60,24 @@ def assert_same_gradients(model, twin, losses):
 
 
 # --- Mixtral ---
+
+
+@pytest.mark.parametrize("widths", [(32, 3), (32, 10), (32, 12), (36, 24)], ids=str)
+def test_widths_that_the_grouped_kernel_does_not_take(widths):
+    """It fails in the midst of a forward over rows that are no multiple of 16 bytes."""
+    fields = {"hidden_size": widths[0], "intermediate_size": widths[1], "head_dim": 8}
+    model = build(**fields)
+    assert model.config._experts_implementation == "eager"
+    assert torch.isfinite(build(**fields).bfloat16()(**padded()).logits).all()
+    weights = double_weights(model)
+    inputs = {name: tensor for name, tensor in padded().items() if name != "labels"}
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = reference_logits(model.config, weights, **inputs)
+        assert_close(model(**inputs).logits[real], expected[real], "logits")
+    if widths[1] % 4:
+        with pytest.raises(ValueError, match=r"'grouped_mm' with `hidden_size=32` and `intermediate_size="):
+            model.set_experts_implementation("grouped_mm")
 
 
 @pytest.mark.parametrize("items", [None, 7])

@@ -163,6 +163,7 @@ def test_glm_takes_rows_that_were_fixed_by_zeros():
     collator.set_epoch(1)
     expected, found = collator(rows), collator(old)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert pack_dataset(old, collator) == rows
 
 
 OTHERS = {

@@ -299,11 +299,12 @@ def test_two_adapters_are_kept_apart():
     assert spread(logits(model, batch), second) == 0.0 and spread(first, second) > 1e-4
 
 
-def test_an_added_adapter_is_saved_without_a_card(tmp_path, monkeypatch):
+def test_an_added_adapter_is_saved_with_a_card_of_its_own(tmp_path, monkeypatch):
     # transformers 5.24 asks for a PEFT that is newer than the one of these tests, but works with this one.
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **kwargs: None)
     model = tiny_model()
-    model.add_adapter(adapter_config("lora"))
+    model.add_adapter(adapter_config("lora"), "other")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").exists()
-    assert not (tmp_path / "README.md").exists()
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert "# Adapter for a MiniLLM model" in text and "q_proj, v_proj" in text and "subfolder" not in text

@@ -1,16 +1,14 @@
 """`tp_plan="auto"` over two processes computes what one process does: each has half of the heads and of the
 feed-forward, and ALiBi's slopes must be those of its own heads."""
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from matrix_cases import rows
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from two_processes import run_on_two_processes
 from variant_cases import SIZES, inputs_of, make_loud, model_of
 
 from minillm.tuning import tuning
@@ -35,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 
 def build(name):
-    variant, fields = MODELS[name]
+    variant, fields = MODELS.get(name, ("causal_rope", {"num_key_value_heads": 1}))
     # Older transformers cut the head evenly or not at all.
     return model_of(variant, vocab_size=20, **fields)
 
@@ -58,24 +56,22 @@ def tuned(name, value):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What either process found, by model: one launch serves all of them."""
+def launched(tmp_path_factory):
+    """The folder of the models and what either process found, by model: one launch serves all of them."""
     root = tmp_path_factory.mktemp("tensor_parallel")
-    for name in MODELS:
+    names = (*MODELS, "one_shared_head")
+    for name in names:
         model = build(name)
         model.save_pretrained(root / name)
         inputs = {**inputs_for(model.config), "own_mask": own_mask_for(model.config)}
         torch.save(inputs, root / name / "inputs.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(SCRIPT), str(root)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: [torch.load(root / f"{name}.{rank}.pt") for rank in (0, 1)] for name in MODELS}
+    run_on_two_processes(SCRIPT, root)
+    return root, {name: [torch.load(root / f"{name}.{rank}.pt") for rank in (0, 1)] for name in names}
+
+
+@pytest.fixture
+def both(launched):
+    return launched[1]
 
 
 def close(got, expected, what):
@@ -140,6 +136,20 @@ def test_gradients_equal_those_of_one_process(both, name):
         for parameter_name, parameter in model.named_parameters():
             difference = (found["gradients"][parameter_name] - parameter.grad).abs().max()
             assert difference <= 1e-5 * largest, parameter_name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_saved_folder_is_whole_again(launched, name):
+    saved = AutoModelForCausalLM.from_pretrained(launched[0] / name / "saved").state_dict()
+    expected = build(name).state_dict()
+    assert saved.keys() == expected.keys()
+    for key, weight in expected.items():
+        assert torch.equal(saved[key], weight), key
+
+
+def test_a_head_that_cannot_be_cut_is_not_computed_wrongly(both):
+    for told in both["one_shared_head"]:
+        assert "is invalid for input of size" in told
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -94,6 +94,20 @@ def test_random_unicode_comes_back_exactly(exact_tokenizer):
     assert exact_tokenizer.batch_decode(exact_tokenizer(texts)["input_ids"]) == texts
 
 
+@pytest.mark.parametrize(
+    ("model", "options"), [*((model, {}) for model in EXACT), ("sentencepiece_bpe", {"limit_alphabet": 3})], ids=str
+)
+def test_blanks_come_back_from_a_tokenizer_of_texts_without_any(model, options):
+    trained = MiniLLMTokenizer.train_from_iterator(
+        CHINESE * 9, vocab_size=420, model=model, show_progress=False, **options
+    )
+    again = trained.train_new_from_iterator(CHINESE * 9, 400, show_progress=False)
+    for tokenizer in (trained, again):
+        for text in (" ", "a b", "你好 再见", "\u2581 \ufdd0", " \n  "):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert len(tokenizer.encode(" ")) == 1
+
+
 def test_a_lone_surrogate_is_refused(tokenizer):
     with pytest.raises((TypeError, UnicodeError)):
         tokenizer.encode("a\ud800")

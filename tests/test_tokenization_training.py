@@ -226,3 +226,12 @@ def test_unreadable_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(PermissionError, match=r"cannot be read \(Permission denied\).*secret\.txt"):
         train_files([path])
+
+
+def test_a_corpus_of_zero_bytes_teaches_unigram_nothing():
+    """Its trainer takes them for the ends of sentences."""
+    options = {"vocab_size": 400, "model": "unigram", "show_progress": False}
+    with pytest.raises(ValueError, match="the corpus holds nothing that model='unigram' could learn from"):
+        MiniLLMTokenizer.train_from_iterator(["\x00"] * 3, **options)
+    tokenizer = MiniLLMTokenizer.train_from_iterator(["\x00", "some text"], **options)
+    assert tokenizer.decode(tokenizer.encode("\x00 text")) == "\x00 text"

@@ -1,6 +1,4 @@
-"""TRL's trainers on MiniLLM: supervised fine-tuning in all its forms and DPO, beside LlamaForCausalLM."""
-
-import math
+"""TRL's trainers on MiniLLM: supervised fine-tuning in all its forms, beside LlamaForCausalLM."""
 
 import peft
 import pytest
@@ -8,23 +6,17 @@ import torch
 import trl
 from blocks_cases import TINY
 from datasets import Dataset
-from training_cases import VARIANTS, largest_difference, llama_twin, parameters, tiny_model
+from training_cases import VARIANTS, largest_difference, llama_twin, parameters
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from trl_cases import NUMBERS, TEXTS, common, model_for, normed_model, train, train_tokenizer
 
-from minillm import MiniLLMTokenizer, blocks_for_any_model
+from minillm.plugin import blocks_for_any_model
 from minillm.tuning import tuning
-
-WORDS = ("sum", "square", "half")
-TEXTS = [
-    f"line {number}: "
-    + " ".join(f"the {word} of {number % 7}" for word in ("sum", "square", "half")[: 1 + number % 3])
-    for number in range(48)
-]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return MiniLLMTokenizer.train_from_iterator(TEXTS, vocab_size=320, show_progress=False)
+    return train_tokenizer()
 
 
 def chat(number):
@@ -36,7 +28,6 @@ def chat(number):
     ]
 
 
-NUMBERS = range(len(TEXTS))
 DATASETS = {
     "text": [{"text": text} for text in TEXTS],
     "completion": [{"prompt": f"number {number}:", "completion": " " + TEXTS[number]} for number in NUMBERS],
@@ -58,18 +49,6 @@ MODES = {
 }
 
 
-def model_for(variant, tokenizer, **fields):
-    return tiny_model(
-        variant,
-        **fields,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
 def sft(model, tokenizer, folder, mode, peft_config=None, **arguments):
     kind, options = MODES[mode]
     settings = {"max_length": 64, "max_steps": 4, **common(folder), **options, **arguments}
@@ -80,27 +59,6 @@ def sft(model, tokenizer, folder, mode, peft_config=None, **arguments):
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-
-
-def common(folder):
-    return {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-    }
-
-
-def train(trainer):
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -201,13 +159,6 @@ def test_lora_fine_tuning_learns(mode, variant, tokenizer, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def normed_model(tokenizer):
-    model = model_for("causal", tokenizer, norm_head=True)
-    # Rows whose lengths are far from 1: TRL multiplies by the weight of the head itself.
-    model.lm_head.load_state_dict({"weight": 9 * model.lm_head.state_dict()["weight"]})
-    return model
-
-
 @pytest.mark.parametrize("mode", ["plain", "packed", "completion"])
 def test_supervised_fine_tuning_of_a_normalised_head_begins_at_the_loss_of_the_model(mode, tokenizer, tmp_path):
     trainer = sft(normed_model(tokenizer), tokenizer, tmp_path, mode)
@@ -215,54 +166,3 @@ def test_supervised_fine_tuning_of_a_normalised_head_begins_at_the_loss_of_the_m
     expected = normed_model(tokenizer).train()(**batch, use_cache=False, skip_logits=False).loss
     found = trainer.compute_loss(trainer.model.train(), dict(batch))
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-PREFERENCES = [
-    {"prompt": f"number {number}:", "chosen": " " + TEXTS[number], "rejected": " " + TEXTS[-number - 1][::-1]}
-    for number in range(16)
-]
-
-
-def dpo(model, tokenizer, folder, peft_config=None, **arguments):
-    # Without an adapter the reference model is loaded from the folder that the model came from.
-    model.save_pretrained(folder / "base")
-    return trl.DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "base"),
-        args=trl.DPOConfig(**{"max_length": 64, "max_steps": 4, **common(folder), **arguments}),
-        train_dataset=Dataset.from_list(PREFERENCES),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-
-
-@pytest.mark.parametrize("options", [{}, {"padding_free": True}], ids=["padded", "padding_free"])
-def test_preference_optimisation_equals_llama(options, tokenizer, tmp_path):
-    model = model_for("causal", tokenizer)
-    expected = train(dpo(llama_twin(model), tokenizer, tmp_path / "twin", **options))
-    found = train(dpo(model, tokenizer, tmp_path / "ours", **options))
-    assert found[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert found == pytest.approx(expected, abs=2e-5)
-    assert found[-1] < found[0]
-
-
-@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_preference_optimisation_learns(variant, adapter, tokenizer, tmp_path):
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8) if adapter else None
-    model = model_for(variant, tokenizer)
-    options = {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 8}
-    losses = train(dpo(model, tokenizer, tmp_path, config, **options))
-    # Policy and reference are the same at first: minus the log of a coin toss.
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert sum(losses[-3:]) / 3 < 0.6
-
-
-def test_preference_optimisation_of_a_normalised_head_scores_as_the_model_does(tokenizer, tmp_path):
-    """Beside a plain head of the same rows; the first loss alone is that of a coin toss for any head."""
-    entries = []
-    for model in (normed_model(tokenizer), normed_model(tokenizer).fold_norm_head()):
-        trainer = dpo(model, tokenizer, tmp_path / type(model.lm_head).__name__, max_steps=1)
-        train(trainer)
-        entries.append(trainer.state.log_history[0])
-    for key in ("loss", "logps/chosen", "logps/rejected"):
-        assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-5), key

@@ -17,7 +17,7 @@ VARIANTS = {
 }
 
 
-def tiny_model(variant="causal", seed=0, **fields):
+def tiny_model(variant="causal", seed=0, model_class=MiniLLMForCausalLM, **fields):
     """A model whose weights come from a generator of its own, so that they do not depend on transformers' version."""
     settings = {
         "vocab_size": VOCABULARY,
@@ -31,7 +31,7 @@ def tiny_model(variant="causal", seed=0, **fields):
         **VARIANTS[variant],
         **fields,
     }
-    model = MiniLLMForCausalLM(MiniLLMConfig(**settings))
+    model = model_class(MiniLLMConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
@@ -40,12 +40,12 @@ def tiny_model(variant="causal", seed=0, **fields):
     return model
 
 
-def llama_twin(model):
-    """LlamaForCausalLM with the weights of a causal MiniLLM under the same names."""
+def llama_twin(model, model_class=LlamaForCausalLM):
+    """A model of Llama with the weights of a causal MiniLLM under the same names."""
     names = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
-    names += " max_position_embeddings pad_token_id bos_token_id eos_token_id"
+    names += " max_position_embeddings pad_token_id bos_token_id eos_token_id num_labels"
     fields = {name: getattr(model.config, name) for name in names.split()}
-    twin = LlamaForCausalLM(LlamaConfig(rms_norm_eps=model.config.norm_eps, **fields))
+    twin = model_class(LlamaConfig(rms_norm_eps=model.config.norm_eps, **fields))
     twin.load_state_dict(model.state_dict(), strict=True)
     return twin
 
@@ -93,7 +93,7 @@ def enable_checkpointing(model, **options):
     enable(options or None)
 
 
-def make_trainer(model, dataset, collator, folder, eval_dataset=None, **arguments):
+def make_trainer(model, dataset, collator, folder, eval_dataset=None, model_init=None, **arguments):
     """The stock Trainer on the CPU, which logs each step and saves nothing unless asked."""
     settings = {
         "output_dir": str(folder),
@@ -108,6 +108,7 @@ def make_trainer(model, dataset, collator, folder, eval_dataset=None, **argument
     }
     return Trainer(
         model=model,
+        model_init=model_init,
         args=TrainingArguments(**settings),
         train_dataset=dataset,
         eval_dataset=eval_dataset,

@@ -150,8 +150,13 @@ def byte_bpe_trainer(**options: Any) -> trainers.Trainer:
     return trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
 
 
+def sentencepiece_bpe_trainer(**options: Any) -> trainers.Trainer:
+    # Byte pieces would spell the blanks of a corpus without any as SPACE, which decoding takes for one in the text.
+    return trainers.BpeTrainer(initial_alphabet=[SPACE], **options)
+
+
 def unigram_trainer(**options: Any) -> trainers.Trainer:
-    return trainers.UnigramTrainer(unk_token=UNK_TOKEN, **options)
+    return trainers.UnigramTrainer(unk_token=UNK_TOKEN, initial_alphabet=[SPACE], **options)
 
 
 SUBWORD_MODELS = {
@@ -163,7 +168,7 @@ SUBWORD_MODELS = {
     ),
     "sentencepiece_bpe": SubwordModel(
         create=lambda: create_sentencepiece(models.BPE()),
-        trainer=trainers.BpeTrainer,
+        trainer=sentencepiece_bpe_trainer,
         options=frozenset({"min_frequency", "limit_alphabet"}),
         byte_fallback=True,
     ),
@@ -189,7 +194,11 @@ def add_byte_pieces(backend: Tokenizer) -> Tokenizer:
     model = state["model"]
     model["byte_fallback"] = True
     if model["type"] == "Unigram":
-        lowest = min(score for _, score in model["vocab"])
+        scores = [score for _, score in model["vocab"]]
+        # NaN, in JSON: a corpus of zero bytes alone, between which the trainer learns, leaves it nothing to count.
+        if None in scores:
+            raise ValueError("the corpus holds nothing that model='unigram' could learn from: give it other text")
+        lowest = min(scores)
         model["vocab"] += [[piece, lowest] for piece in BYTE_PIECES]
     else:
         model["vocab"].update({piece: len(model["vocab"]) + byte for byte, piece in enumerate(BYTE_PIECES)})
@@ -423,6 +432,7 @@ class MiniLLMTokenizer(AddedTokensMixin, TurnTokensMixin, GLMInputsMixin, PreTra
         byte_pieces = 0
         if json.loads(self.backend_tokenizer.to_str())["model"].get("byte_fallback"):
             byte_pieces = len(BYTE_PIECES)
+            kwargs["initial_alphabet"] = [SPACE, *kwargs.get("initial_alphabet", ())]
         trained = super().train_new_from_iterator(
             text_iterator, vocab_size - byte_pieces, length, new_special_tokens, special_tokens_map, **kwargs
         )
@@ -436,7 +446,7 @@ def explain_broken_files(name_or_path: str | Path, kwargs: Mapping[str, Any], er
     place = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder") if kwargs.get(name)}
     if kwargs.get("gguf_file"):
         return
-    for name, load in (("tokenizer_config.json", json.loads), ("tokenizer.json", Tokenizer.from_str)):
+    for name, load in (("tokenizer_config.json", read_mapping), ("tokenizer.json", Tokenizer.from_str)):
         try:
             path = cached_file(name_or_path, name, local_files_only=True, **place)
         except OSError:
@@ -449,3 +459,8 @@ def explain_broken_files(name_or_path: str | Path, kwargs: Mapping[str, Any], er
             raise ValueError(
                 f"{path} is damaged ({cause}): save the tokenizer again or fetch the file anew"
             ) from error
+
+
+def read_mapping(text: str) -> None:
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it holds no mapping")

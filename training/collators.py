@@ -5,17 +5,22 @@ Each is a `DocumentCollator` with an objective of its own, made of its fields.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minillm.data.documents import Piece
+from minillm.data.row_folder import pack_into
 from minillm.training.document_collator import DocumentCollator, Overlong
 from minillm.training.objective import Objective
 from minillm.training.objective_answers import Answers, AnswersToPrefixes
 from minillm.training.objective_next_token import NextToken
 from minillm.training.objective_prefix import RandomPrefix
 from minillm.training.random_draws import uniform_draw as uniform_draw
+from minillm.training.row_settings import row_settings
+
+WINDOW_TOKENS = 4_000_000
 
 
 @dataclass
@@ -111,16 +116,29 @@ class DataCollatorForSFT(DocumentCollator):
         return AnswersToPrefixes(self.answer_start_token_id, self.turn_token_ids, end)
 
 
-def pack_dataset(samples: Any, collator: DocumentCollator, fixed_prefixes: bool = False) -> Any:
+def pack_dataset(
+    samples: Any,
+    collator: DocumentCollator,
+    fixed_prefixes: bool = False,
+    *,
+    folder: str | Path | None = None,
+    window_tokens: int | None = None,
+) -> Any:
     """Packs a whole data set beforehand, so that the number of rows, and with it the steps of a run, is known.
 
     Documents without a token to score are left out, and a logged warning counts them.
 
     Args:
-        samples: a sequence of samples as `collator` takes them; a `datasets.Dataset` gives one back.
+        samples: a sequence of samples as `collator` takes them; a `datasets.Dataset` gives one back. With `folder` a
+            stream as well: a `datasets.IterableDataset` or another iterable, from its beginning in every call.
         collator: one of the collators here, with `packing`; give the same one to the `Trainer`.
         fixed_prefixes: keep the prefixes of epoch 0 in the rows, whatever the collator's epoch is, now or later: an
             evaluation of unchanged weights then repeats itself.
+        folder: write the rows to files there, and return them as `minillm.data.PackedRows`, which reads them from disk
+            as they are asked for: data that memory does not hold. After a run that was ended the same call goes on;
+            a complete folder is opened at once. Needs pyarrow.
+        window_tokens: with `folder`, read and pack the samples in windows of so many tokens, each into a file of its
+            own; None takes 4 million. More takes more memory and leaves less padding.
 
     Returns:
         Rows of at most `max_length` tokens, each a mapping of lists: `input_ids`, `document_ids`, `labels`, and
@@ -129,15 +147,28 @@ def pack_dataset(samples: Any, collator: DocumentCollator, fixed_prefixes: bool 
         collator takes a row as one sample. `Trainer` keeps these columns, since the model's forward names them.
 
     Raises:
-        ValueError: no samples, a sample that is not as the collator wants it, nothing to score, or a collator without
-            `packing`.
+        ValueError: no samples, a sample that is not as the collator wants it, nothing to score, a collator without
+            `packing`, a stream or `window_tokens` without `folder`, or a folder that holds rows of other settings or
+            of another source.
+        FolderInUse: another process packs into `folder`.
+        OSError: the disk is full; another call goes on.
+        ImportError: `folder` without pyarrow.
     """
     if not collator.packing:
         raise ValueError("`pack_dataset` needs a collator with `packing=True`")
-    rows = collator.rows(samples, leave_out_unscored=True)
-    if fixed_prefixes:
-        rows = [collator.fix_prefixes(row) for row in rows]
-    packed = [_row_columns(row) for row in rows]
+
+    def pack(window: Any) -> list[list[Piece]]:
+        rows = collator.rows(window, leave_out_unscored=True)
+        return [collator.fix_prefixes(row) for row in rows] if fixed_prefixes else rows
+
+    if folder is not None:
+        settings = row_settings(collator, fixed_prefixes)
+        return pack_into(folder, samples, pack, settings, WINDOW_TOKENS if window_tokens is None else window_tokens)
+    if window_tokens is not None:
+        raise ValueError(f"`window_tokens` is {window_tokens}, but only packing into a `folder` is done in windows")
+    if not hasattr(samples, "__len__"):
+        raise ValueError(f"a {type(samples).__name__} is a stream, whose rows need a place: give a `folder`")
+    packed = [_row_columns(row) for row in pack(samples)]
     return type(samples).from_list(packed) if hasattr(samples, "from_list") else packed
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minillm.data.documents import IGNORE_INDEX, Piece
+from minillm.data.documents import DRAWN_AS_IN_EPOCH_0, IGNORE_INDEX, Piece
 from minillm.data.sentence_ends import look_up
 from minillm.data.span_masking import (
     Draw,
@@ -127,4 +127,4 @@ class FilledBlanks(Objective):
 
     def check_fixed(self, mask: np.ndarray) -> np.ndarray:
         # Zeros are how such rows were marked before.
-        return super().check_fixed(mask) if mask.any() else mask
+        return super().check_fixed(mask if mask.any() else np.full_like(mask, DRAWN_AS_IN_EPOCH_0))

@@ -51,9 +51,10 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname.partition(".")[0] not in PACKAGES:
             return None
-        for finder in sys.meta_path:
+        # Those behind this one: a process holds this file several times, if it loads the code of several folders.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             find = getattr(finder, "find_spec", None)
-            spec = None if finder is self or find is None else find(fullname, path, target)
+            spec = None if find is None else find(fullname, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
                     spec.loader = _Loader(spec.loader, self)
