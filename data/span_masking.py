@@ -148,18 +148,19 @@ def token_spans(maskable: np.ndarray, fraction: float, limit: int, lengths: np.n
     count = len(ordinary)
     if count == 0:
         return NO_SPANS
-    sizes = 1 + np.searchsorted(lengths, draw(limit), side="right")
+    sizes = 1 + lengths.searchsorted(draw(limit), side="right")
     covered = sizes.cumsum()
-    number = min(limit, 1 + int(np.searchsorted(covered, fraction * count)))
+    number = min(limit, 1 + int(covered.searchsorted(fraction * count)))
     sizes = sizes[:number]
     room = count - (number - 1) - (covered[number - 1] - sizes[-1]) - (number == 1 < count)
     sizes[-1] = min(sizes[-1], room)
     # The last one drawn is longer than most, since it crossed the mark; it must not always be the text's last.
-    sizes = sizes[np.argsort(draw(number))]
+    sizes = sizes[draw(number).argsort()]
     free = count - sizes.sum() - (number - 1)
-    places = np.sort((draw(number) * (free + 1)).astype(np.int64))
+    places = (draw(number) * (free + 1)).astype(np.int64)
+    places.sort()
     # Within `ordinary`: behind `places` free tokens, the spans before, and one token after each of them.
-    chosen = ordinary[np.repeat(places + np.arange(number), sizes) + np.arange(sizes.sum())]
+    chosen = ordinary[(places + np.arange(number)).repeat(sizes) + np.arange(sizes.sum())]
     return _longest(runs(chosen), limit)
 
 

@@ -97,12 +97,12 @@ class FilledBlanks(Objective):
 
     def lay_out(self, piece: Piece, seed: int, epoch: int) -> dict[str, np.ndarray]:
         draw = draws(seed, epoch, piece.input_ids)
-        kind = self._kinds[int(np.searchsorted(self._kind_cdf, draw(1)[0], side="right"))]
+        kind = self._kinds[int(self._kind_cdf.searchsorted(draw(1)[0], side="right"))]
         spans = self._spans(kind, piece, draw)
         sample = corrupt(
             piece.input_ids,
             spans,
-            np.argsort(draw(len(spans))),
+            draw(len(spans)).argsort(),
             mask_token_id=self.token_ids[BLANKS[kind]],
             sop_token_id=self.token_ids["sop_token_id"],
             eop_token_id=self.token_ids["eop_token_id"],
