@@ -24,7 +24,7 @@ REMARKS = (
     " LOAD REPORT",
 )
 
-QUIETED = ("trainer", "trainer_utils", "modeling_utils")
+QUIETED = ("trainer", "trainer_utils", "modeling_utils", "integrations.peft")
 """Modules of transformers that make such remarks."""
 
 

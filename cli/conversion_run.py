@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from minillm import MiniLLMConfig
 from minillm.cli.console import console, say
 from minillm.cli.publishing import export_model, torch_dtype
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.conversion import convert, export
 
 

@@ -19,11 +19,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __version__
 from minillm.cli.console import console
 from minillm.cli.loading import best_device, last_complete_checkpoint
 from minillm.cli.progress import ProgressCallback, Schedule, fastest_thread_count
 from minillm.cli.report import write_report
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.data import (
     CorpusError,
     TextDocument,
@@ -34,7 +34,9 @@ from minillm.data import (
     tokenize_documents,
 )
 from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perplexity
+from minillm.modeling_minillm import MiniLLMForCausalLM
 from minillm.publishing.folders import new_folder, write_atomically
+from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 from minillm.training import (
     DataCollatorForCausalLM,
     DataCollatorForPrefixLM,
@@ -43,6 +45,7 @@ from minillm.training import (
     pack_dataset,
 )
 from minillm.training.put_back import random_states_kept, thread_count_kept
+from minillm.version import __version__
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "causal": {},

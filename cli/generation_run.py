@@ -4,9 +4,9 @@ import sys
 from typing import Any, NamedTuple
 
 import typer
-from transformers import AutoTokenizer, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
-from minillm.cli.loading import best_device, load_model, load_pretrained
+from minillm.cli.loading import best_device, load_model, load_tokenizer
 from minillm.tokenization.glm_layout import GLMTokens, find_glm_tokens
 from minillm.tokenization.literal_text import LiteralReading, read_literally
 from minillm.training.put_back import random_states_kept
@@ -52,7 +52,7 @@ def run(model_name: str, prompts: list[str] | None, decoding: Decoding, stream: 
     if stream and (len(prompts) > 1 or decoding.num_beams > 1):
         raise ValueError("--stream prints one prompt without beams as it comes; give one prompt and no --num-beams")
     options = decoding.options()
-    tokenizer = load_pretrained(AutoTokenizer, model_name, "tokenizer", padding_side="left")
+    tokenizer = load_tokenizer(model_name, padding_side="left")
     model = load_model(model_name, allow_adapter=True).to(best_device())
     set_seed(decoding.seed)
     glm = glm_tokens(model, tokenizer)

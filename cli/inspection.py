@@ -8,17 +8,17 @@ from rich.markup import escape
 from rich.table import Column, Table
 from transformers import AutoConfig
 
-from minillm import MiniLLMConfig
 from minillm.capabilities import DIRECTIONS, KINDS, features_of, refusal
 from minillm.cli.console import console, say
-from minillm.cli.loading import adapter_config, load_pretrained
+from minillm.cli.loading import adapter_config, is_missing, load_pretrained, merge_command
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.configuration.presets import PRESETS
 from minillm.experiments.cost import read_cost
 from minillm.experiments.reporting import amount, number
 from minillm.folded_alibi import is_foldable
 from minillm.fused_loss import find_liger
 from minillm.position_schemes import POSITION_BIASES
-from minillm.publishing.description import describe, describe_adapter
+from minillm.publishing.description import describe, describe_adapter, is_mergeable
 from minillm.tuning import tuning
 
 
@@ -148,8 +148,9 @@ def adapter_words(name: str, adapter: dict[str, Any]) -> dict[str, str]:
     """What an adapter is, topic by topic."""
     base = adapter.get("base_model_name_or_path")
     kind, *others = describe_adapter(adapter).items()
-    words = dict([kind, ("base model", base or "not named"), *others])
-    return words | {"to merge it": f"minillm export {base or 'BASE'} OUT --adapter {name}"}
+    place = f"{base}, which is missing" if is_missing(base) else base or "not named"
+    words = dict([kind, ("base model", place), *others])
+    return words | ({"to merge it": merge_command(name, adapter)} if is_mergeable(adapter) else {})
 
 
 def print_words(name: str, words: dict[str, str]) -> None:

@@ -1,18 +1,20 @@
 """Loading models, tokenizers and checkpoints, with one readable error for whatever is wrong with them."""
 
 import contextlib
+import dataclasses
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
-from minillm.cli.console import one_line
+from minillm.cli.console import one_line, warn
 from minillm.conversion.checkpoint import CONFIG_NAME, Checkpoint, require_weights
 from minillm.conversion.files import (
     SETTINGS,
@@ -24,9 +26,12 @@ from minillm.conversion.files import (
     require_text,
     weight_files,
 )
+from minillm.publishing.cards import is_repository
+from minillm.publishing.description import adapter_kind, is_mergeable
 
 NAMED_KEYS = 3
 ADAPTER_CONFIG = "adapter_config.json"
+TOKENIZER_FILES = ("tokenizer*", "vocab*")
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -88,24 +93,97 @@ def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
     adapter = adapter_config(name)
     if adapter is None:
         return load_checked(name, **options)
-    base = adapter.get("base_model_name_or_path")
+    if is_missing(adapter.get("base_model_name_or_path")):
+        raise ValueError(missing_base(name, adapter))
+    if not allow_adapter and not is_mergeable(adapter):
+        raise ValueError(f"{unmergeable(name, adapter)}: load both with PEFT")
     if not allow_adapter:
-        raise ValueError(f"{name} is an adapter: merge it with `minillm export {base or 'BASE'} OUT --adapter {name}`")
-    if not base:
-        raise ValueError(f"{name} is an adapter that names no base model: merge it into one with `minillm export`")
+        raise ValueError(f"{name} is an adapter: merge it with `{merge_command(name, adapter)}`")
+    base = base_of(name, adapter)
     try:
         model = load_checked(base, **options)
     except ValueError as error:
-        raise ValueError(
-            f"{name} is an adapter for {base}, which cannot be loaded: {error}. If that model is elsewhere, write its "
-            f"place into {name}/adapter_config.json as base_model_name_or_path, or merge the two with "
-            f"`minillm export BASE OUT --adapter {name}`"
-        ) from error
+        reason = one_line(error).rstrip(".")
+        raise ValueError(f"the base model of the adapter {name} cannot be loaded: {reason}") from error
     with readable_errors(name, "adapter"):
-        check_adapter(name)
-        found = model.load_adapter(name)
-    require_all_weights(name, found.to_dict())
+        check_adapter(name, model.config)
+        with warnings.catch_warnings():
+            # In one line, it was said already.
+            warnings.filterwarnings("ignore", ".*Unexpected keyword arguments")
+            found = model.load_adapter(name)
+    require_all_weights(name, found.to_dict(), f"an adapter for {base}")
     return model
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer of a model, or of an adapter: its base model's where it holds none, as PEFT saves it.
+
+    Args:
+        name: folder or repository.
+        options: for `from_pretrained`.
+
+    Raises:
+        ValueError: there is none, it cannot be loaded, or an adapter's base model is missing or not named.
+    """
+    adapter = adapter_config(name)
+    if adapter is None:
+        return load_pretrained(AutoTokenizer, name, "tokenizer", **options)
+    base = base_of(name, adapter)
+    if not lacks_tokenizer(name):
+        try:
+            return load_pretrained(AutoTokenizer, name, "tokenizer", **options)
+        except ValueError:
+            # What a repository holds is known by trying.
+            if Path(name).is_dir():
+                raise
+    if lacks_tokenizer(base):
+        raise ValueError(f"neither the adapter {name} nor its base model {base} holds a tokenizer")
+    return load_pretrained(AutoTokenizer, base, "tokenizer", **options)
+
+
+def lacks_tokenizer(name: str) -> bool:
+    """Whether a place is a folder without any file of a tokenizer."""
+    folder = Path(name)
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
+def base_of(name: str, adapter: Mapping[str, Any]) -> str:
+    """The base model that an adapter names. ValueError if it names none, or a folder that is not here."""
+    base = adapter.get("base_model_name_or_path")
+    if is_missing(base):
+        raise ValueError(missing_base(name, adapter))
+    if not base:
+        merging = f", or merge the two with `{merge_command(name, adapter)}`" if is_mergeable(adapter) else ""
+        raise ValueError(
+            f"{name} is an adapter that names no base model: write its place into {name}/{ADAPTER_CONFIG} as "
+            f"base_model_name_or_path{merging}"
+        )
+    return base
+
+
+def is_missing(base: str | None) -> bool:
+    """Whether the base model that an adapter names is a folder that is not here."""
+    return bool(base) and not is_repository(base) and not Path(base).exists()
+
+
+def missing_base(name: str, adapter: Mapping[str, Any]) -> str:
+    """That the base model of an adapter is missing, and what to do."""
+    merging = f", or merge the two with `{merge_command(name, adapter)}`" if is_mergeable(adapter) else ""
+    return (
+        f"{name} is an adapter for {adapter['base_model_name_or_path']}, which is missing: if that model is "
+        f"elsewhere, write its place into {name}/{ADAPTER_CONFIG} as base_model_name_or_path{merging}"
+    )
+
+
+def merge_command(name: str, adapter: Mapping[str, Any]) -> str:
+    """The command that merges an adapter; `BASE` stands for a base model that is missing or not named."""
+    base = adapter.get("base_model_name_or_path")
+    return f"minillm export {'BASE' if not base or is_missing(base) else base} OUT --adapter {name}"
+
+
+def unmergeable(name: str, adapter: Mapping[str, Any]) -> str:
+    """That an adapter cannot be merged."""
+    return f"{name} is a {adapter_kind(adapter)} adapter, which cannot be merged into weights"
 
 
 def load_checked(name: str, **options: Any) -> Any:
@@ -122,8 +200,8 @@ def load_checked(name: str, **options: Any) -> Any:
     return model
 
 
-def require_all_weights(name: str, found: Mapping[str, Any]) -> None:
-    """Refuses weights that are not exactly those of the model, by transformers' account of a loading.
+def require_all_weights(name: str, found: Mapping[str, Any], of: str = "a causal language model") -> None:
+    """Refuses weights that are not exactly those of the model or adapter, by transformers' account of a loading.
 
     Raises:
         ValueError: the message names the first keys of each kind.
@@ -135,7 +213,7 @@ def require_all_weights(name: str, found: Mapping[str, Any]) -> None:
     }
     faults = [f"{kind}: {listed(names)}" for kind, names in keys.items() if names]
     if faults:
-        raise ValueError(f"{name} does not hold exactly the weights of a causal language model; {'; '.join(faults)}")
+        raise ValueError(f"{name} does not hold exactly the weights of {of}; {'; '.join(faults)}")
 
 
 def listed(names: list[str]) -> str:
@@ -156,15 +234,22 @@ def adapter_config(name: str) -> dict[str, Any] | None:
         return None if file is None else read_json(Path(file))
 
 
-def check_adapter(name: str) -> None:
+def check_adapter(name: str, base: Any) -> None:
     """Looks at the files of an adapter before PEFT does, which believes the sizes in them.
+
+    Args:
+        name: folder or repository; of the latter, only the settings are looked at.
+        base: the config of the model that it is for.
 
     Raises:
         ValueError: one is missing or damaged, or they do not fit.
     """
+    config = adapter_config(name)
+    if config is not None:
+        check_adapter_settings(f"{name}/{ADAPTER_CONFIG}", config, getattr(base, "num_hidden_layers", None))
     if not Path(name).is_dir():
         return
-    config = read_settings(Path(name), SETTINGS["adapter"]).get(ADAPTER_CONFIG, {})
+    config = config or {}
     headers = {
         key: header
         for file in weight_files(Path(name), ("adapter_model.safetensors", "adapter_model.bin"))
@@ -177,6 +262,43 @@ def check_adapter(name: str) -> None:
             raise ValueError(
                 f"{Path(name) / 'adapter_config.json'}: `{key}={rank}`, but no tensor has more than {most} rows"
             )
+
+
+def check_adapter_settings(place: str, config: Mapping[str, Any], layers: int | None) -> None:
+    """Refuses, by their names, values of which PEFT says little; warns of names that it passes over.
+
+    Args:
+        layers: how many the model has; None where that is not known.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = config.get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{place}: `peft_type={kind!r}` is no kind of adapter that PEFT knows")
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := config.get(key), str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{place}: `{key}={pattern!r}` is no regular expression: {error}") from error
+    replication = config.get("layer_replication")
+    if replication and not is_replication(replication, layers):
+        most = "" if layers is None else f", of {layers} layers"
+        raise ValueError(f"{place}: `layer_replication={replication!r}` must be a list of [first, end]{most}")
+    known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    if unknown := sorted(set(config) - known):
+        warn(f"{place}: PEFT does not know {', '.join(unknown)} and goes on without")
+
+
+def is_replication(value: Any, layers: int | None) -> bool:
+    """Whether a value is a list of ranges of layers, each a first one and an end that is not in it."""
+    return isinstance(value, list) and all(
+        isinstance(span, list)
+        and len(span) == 2
+        and all(type(number) is int for number in span)
+        and 0 <= span[0] < span[1] <= (span[1] if layers is None else layers)
+        for span in value
+    )
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

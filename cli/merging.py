@@ -7,11 +7,14 @@ from typing import Any
 import torch
 
 from minillm.cli.console import one_line, warn
-from minillm.cli.loading import check_adapter
+from minillm.cli.loading import check_adapter, listed, unmergeable
 from minillm.conversion.comparison import TOLERANCE, difference, few_logits
+from minillm.publishing.description import is_mergeable
 
 # The sum is rounded once in the model's dtype, where the adapter beside the weights rounds twice, layer after layer.
 ROUNDINGS = 8
+# PEFT reads them past the model's own loading, which calls them unexpected.
+PROMPT_TENSORS = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
 
 
 def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
@@ -25,8 +28,8 @@ def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
     """
     adapted = load_adapted(model, model_name, adapter)
     config = adapted.peft_config["default"]
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise ValueError(f"{adapter} is a {config.peft_type} adapter, which cannot be merged into weights")
+    if not is_mergeable(config.to_dict()):
+        raise ValueError(unmergeable(adapter, config.to_dict()))
     base = config.base_model_name_or_path
     if base and resolved(base) != resolved(model_name):
         warn(f"{adapter} was made for {base}, not for {model_name}: the merged model may be of no use")
@@ -40,19 +43,33 @@ def merge_adapter(model: Any, model_name: str, adapter: str) -> Any:
 
 
 def load_adapted(model: Any, model_name: str, adapter: str) -> Any:
-    """A model with an adapter, all of whose weights were read. ValueError if there is no whole one that fits."""
+    """A model with an adapter, all of whose weights were read and used. ValueError if there is none that fits."""
     from peft import PeftModel
 
     try:
-        check_adapter(adapter)
+        check_adapter(adapter, model.config)
         with warnings.catch_warnings():
             # PEFT makes up what an adapter lacks.
             warnings.filterwarnings("error", ".*missing adapter keys")
+            # In one line, it was said already.
+            warnings.filterwarnings("ignore", ".*Unexpected keyword arguments")
             # It advises to do what is done here.
             warnings.filterwarnings("ignore", ".*tie_word_embeddings")
-            return PeftModel.from_pretrained(model, adapter)
+            adapted = PeftModel.from_pretrained(model, adapter)
+            require_all_used(adapted, adapter)
+            return adapted
     except Exception as error:
         raise ValueError(f"{adapter} holds no adapter for {model_name}: {one_line(error)}") from error
+
+
+def require_all_used(adapted: Any, adapter: str) -> None:
+    """Refuses an adapter with tensors that have no place in the model, which PEFT drops. ValueError names them."""
+    # Only this call of PEFT's, not the one that made the model, returns what had no place.
+    found = adapted.load_adapter(adapter, "default").unexpected_keys
+    prompt = adapted.peft_config["default"].is_prompt_learning
+    surplus = sorted(key.replace(".default", "", 1) for key in found if not (prompt and key in PROMPT_TENSORS))
+    if surplus:
+        raise ValueError(f"it has tensors that the model has no place for: {listed(surplus)}")
 
 
 def tolerance(dtype: torch.dtype) -> float:

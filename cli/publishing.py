@@ -7,10 +7,11 @@ import torch
 from transformers import AutoTokenizer
 
 from minillm.cli.console import one_line, warn
-from minillm.cli.loading import adapter_config, load_checked, load_model, load_pretrained
+from minillm.cli.loading import adapter_config, is_missing, load_checked, load_model, load_pretrained, missing_base
 from minillm.cli.merging import load_adapted, merge_adapter, tolerance
 from minillm.conversion.comparison import difference, few_logits, fits_in_memory
 from minillm.publishing.cards import is_repository
+from minillm.publishing.description import is_mergeable
 from minillm.publishing.folders import new_folder
 from minillm.training.put_back import quiet
 
@@ -77,27 +78,31 @@ def push_model(model_name: str, repository: str, private: bool | None = None, ba
     if adapter is None:
         parts = load_whole_model(model_name)
     else:
-        parts = load_shared_adapter(model_name, adapter.get("base_model_name_or_path"), base)
+        parts = load_shared_adapter(model_name, adapter, base)
     try:
         return [str(part.push_to_hub(repository, private=private)) for part in parts][-1]
     except Exception as error:
         raise ValueError(f"{repository} was not uploaded: {one_line(error)}") from error
 
 
-def load_shared_adapter(name: str, stored: str | None, base: str | None) -> list[Any]:
+def load_shared_adapter(name: str, adapter: dict[str, Any], base: str | None) -> list[Any]:
     """An adapter on its base model, which it names so that others can load it, and the tokenizer beside it.
 
     Args:
-        stored: the base model that the adapter names.
-        base: what it is to name.
+        adapter: its config.
+        base: the base model that it is to name; None for the one that it names.
     """
+    stored = adapter.get("base_model_name_or_path")
     named = base or stored
+    if base is None and is_missing(stored):
+        raise ValueError(f"{missing_base(name, adapter)}; or name its repository, `--base user/base`")
     if not is_repository(named):
         place = named or "BASE"
+        merging = f"; or merge the two, `minillm export {place} OUT --adapter {name}`, and push OUT"
         raise ValueError(
             f"{name} is an adapter for {named or 'a model without a name'}, which others cannot load: upload that "
-            f"first, `minillm push {place} user/base`, and name it, `--base user/base`; or merge the two, "
-            f"`minillm export {place} OUT --adapter {name}`, and push OUT"
+            f"first, `minillm push {place} user/base`, and name it, `--base user/base`"
+            f"{merging if is_mergeable(adapter) else ''}"
         )
     place = stored if stored and Path(stored).is_dir() else named
     adapted = load_adapted(load_checked(place, dtype="auto"), place, name)

@@ -15,14 +15,15 @@ import yaml
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.cli.console import one_line, say
 from minillm.cli.loading import best_device, check_checkpoint, last_complete_checkpoint, load_model, load_pretrained
 from minillm.cli.progress import ProgressCallback
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.conversion.files import read_json
 from minillm.data import load_corpus, split_corpus, tokenize_documents
 from minillm.evaluation import perplexity
 from minillm.loss import why_logits
+from minillm.modeling_minillm import MiniLLMForCausalLM
 from minillm.publishing.folders import (
     claimed,
     full_disk_in_words,

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from minillm import MiniLLMTokenizer
 from minillm.conversion.family import NAMED_IDS, ConversionError, real_ids
 from minillm.conversion.files import exists, read_json, read_settings, require_file, require_text
+from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
 
 logger = logging.get_logger(__name__)
 

@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from transformers import CONFIG_MAPPING
 from transformers.utils import logging
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.conversion.checkpoint import CONFIG_NAME, Checkpoint, widest
 from minillm.conversion.family import ConversionError, Family
 from minillm.conversion.files import read_json
 from minillm.conversion.gguf_file import GGUFCheckpoint
+from minillm.modeling_minillm import MiniLLMForCausalLM
 from minillm.training.put_back import evaluating, quiet
 
 logger = logging.get_logger(__name__)
@@ -177,7 +177,7 @@ def compare_conversion(plan: Any, folder: Path, dtype: torch.dtype | None) -> No
 def compare_export(
     family: Family,
     checkpoint: Checkpoint,
-    config: MiniLLMConfig,
+    overrides: dict[str, Any],
     folder: Path,
     dtype: torch.dtype | None,
     read_back: Callable[[torch.dtype], torch.nn.Module],
@@ -186,7 +186,7 @@ def compare_export(
 
     Args:
         family: whose model was written.
-        checkpoint, config: the source, and what it is taken for.
+        checkpoint, overrides: the source, and fields of its config that were taken otherwise.
         folder: what was written.
         dtype: what the weights were cast to; None if they were not.
         read_back: the MiniLLM, in a dtype, that `folder` converts to: what is compared where transformers has no model
@@ -195,6 +195,8 @@ def compare_export(
     Raises:
         ConversionError: the logits differ, or transformers cannot load the folder.
     """
+    # From the file: the config that was exported would bring whatever went wrong with it to both sides.
+    config = MiniLLMConfig.from_dict(read_json(checkpoint.folder / CONFIG_NAME), **overrides)
     shapes = shapes_of(family.mappings(config)[1])
     kept = wide(dtype or widest(checkpoint.kinds, shapes))
 
@@ -224,7 +226,7 @@ def native_model(
     if family.defaults is not None:
         raise NotComparableError(f"transformers has no {family.name}, and code of a checkpoint is not run")
     try:
-        config = CONFIG_MAPPING[family.model_type].from_dict(raw)
+        config = family.native_config(raw)
         # Requests for more outputs have some classes compute with another back end.
         config.output_attentions = config.output_hidden_states = False
         model, info = getattr(transformers, family.architecture).from_pretrained(

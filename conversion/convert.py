@@ -4,6 +4,7 @@ Names and shapes of all tensors are compared before any is read: every native te
 tensor of MiniLLM filled.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.conversion.carried_files import carry_over_plainly
 from minillm.conversion.checkpoint import (
     CONFIG_NAME,
@@ -33,6 +33,7 @@ from minillm.conversion.family import ConversionError, Family, NameMapping, tens
 from minillm.conversion.files import faults_of
 from minillm.conversion.gguf_file import GGUFCheckpoint
 from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
+from minillm.modeling_minillm import MiniLLMForCausalLM
 from minillm.publishing.cards import CARD_NAME, model_card
 from minillm.publishing.folders import claimed, new_folder, require_apart
 from minillm.publishing.hub import completed_generation_config
@@ -363,7 +364,7 @@ def export(
     if checkpoint.config.get("model_type") != MiniLLMConfig.model_type:
         raise ConversionError(f"{source} holds a {checkpoint.config.get('model_type')!r} model, not a MiniLLM")
     with faults_of(checkpoint.file):
-        config = MiniLLMConfig.from_dict(checkpoint.config, **overrides)
+        config = MiniLLMConfig.from_dict(checkpoint.config, **copy.deepcopy(overrides))
         check_minillm_tensors(checkpoint, tensors_of(config))
     native_config = target.write_config(config)
     mappings, shapes = target.mappings(config)
@@ -378,11 +379,11 @@ def export(
         kinds = write_weights(folder, shapes, make, max_shard_size)
         native_config["dtype"] = str(kinds[next(iter(native))]).removeprefix("torch.")
         if target.defaults is None:
-            CONFIG_MAPPING[target.model_type].from_dict(native_config).save_pretrained(folder)
+            target.native_config(native_config).save_pretrained(folder)
         else:
             (folder / CONFIG_NAME).write_text(json.dumps(native_config, indent=2) + "\n", "utf-8")
         carry_over_plainly(checkpoint.folder, folder)
-        compare_export(target, checkpoint, config, folder, dtype, partial(load, folder, family))
+        compare_export(target, checkpoint, overrides, folder, dtype, partial(load, folder, family))
     return native_config
 
 

@@ -5,8 +5,8 @@ References: the classes of these names in transformers, and the papers named in 
 
 from typing import Any
 
-from minillm import MiniLLMConfig
-from minillm.conversion.family import ConversionError, Family, TensorRule
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.conversion.family import GENERIC_KEYS, ConversionError, Family, TensorRule
 from minillm.conversion.transforms import EXPERTS, EXPERTS_GATE_UP, GATE_UP, QKV_BY_GROUP, QKV_STACKED, TRANSPOSED
 
 QKV = tuple(f"model.layers.{{i}}.self_attn.{name}_proj.{{p}}" for name in "qkv")
@@ -266,6 +266,12 @@ MPT_ATTENTION = {
 
 def read_mpt(values: dict[str, Any]) -> dict[str, Any]:
     attention = values["attn_config"]
+    known = {*MPT_ATTENTION, "attn_impl", "attn_uses_sequence_id", *GENERIC_KEYS}
+    if unknown := sorted(set(attention) - known):
+        raise ConversionError(
+            f"`attn_config[{unknown[0]!r}]={attention[unknown[0]]!r}`: what it means is unknown; take it out of "
+            "`attn_config` if it does not change what the model computes"
+        )
     for key, allowed in MPT_ATTENTION.items():
         if attention.get(key, allowed) != allowed:
             raise ConversionError(f"`attn_config[{key!r}]={attention[key]!r}`: only {allowed!r} can be converted")

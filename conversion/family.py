@@ -1,5 +1,6 @@
 """A family as data: how its config keys and tensor names map to MiniLLM's, read in both directions."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -8,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.configuration.configuration_minillm import MISREAD
+from minillm.configuration.configuration_minillm import MISREAD, MiniLLMConfig
+from minillm.configuration.feed_forward_fields import GATED_ACTS
 from minillm.configuration.saved_values import refuse_impossible
 from minillm.configuration.spellings import KNOWN_EXTRA_KEYS
 from minillm.conversion.transforms import SAME, Transform
+from minillm.modeling_minillm import MiniLLMForCausalLM
 
 ROPE_SPELLINGS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
 
@@ -36,6 +38,7 @@ NOT_COMPARED = frozenset(
 
 LINE_BREAK = re.compile(r"\s*\n\s*")
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 NAMED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -138,6 +141,8 @@ class Family:
                     f"`{key}={values[key]!r}` in a {self.name} config: only {' or '.join(map(repr, allowed))} can be "
                     "converted"
                 )
+        if missing := [key for key, names in self.keys.items() if names in SIZES and values.get(key) is None]:
+            raise ConversionError(f"the {self.name} config lacks `{missing[0]}`, which has no default")
         found: dict[str, Any] = {}
         for key, names in self.keys.items():
             if key in values:
@@ -148,6 +153,10 @@ class Family:
             found[name] = value(found) if callable(value) else value
         found |= {name: real_ids(found[name]) for name in NAMED_IDS if name in found}
         found |= overrides
+        if only_ours := words_of_our_own({name: found[name] for name in found if name not in overrides}):
+            raise ConversionError(
+                f"{', '.join(only_ours)} in a {self.name} config: only MiniLLM has it; set the field to what is meant"
+            )
         if "rope_parameters" not in overrides:
             self._refuse_partial_rotary(found.get("rope_parameters"))
         return MiniLLMConfig(**found)
@@ -166,6 +175,7 @@ class Family:
         Raises:
             ConversionError: naming each field that stands in the way, with the value the family has.
         """
+        in_the_way = [f"{word} (only MiniLLM has it)" for word in words_of_our_own(vars(config))]
         values = {key: allowed[0] for key, allowed in self.required.items()}
         values |= {key: getattr(config, _tuple(names)[0]) for key, names in self.keys.items()}
         if self.write is not None:
@@ -176,16 +186,14 @@ class Family:
             values = self._complete(self._with_floats(values))
             back = self.read_config(values)
         except (ValueError, *MISREAD) as error:
-            if not wrong:
+            if not wrong and not in_the_way:
                 raise ConversionError(f"this model is no {self.name}: {error}") from error
         else:
             names = sorted(item.name for item in fields(MiniLLMConfig) if item.name not in GENERIC_FIELDS)
             wrong = {name: getattr(back, name) for name in names if getattr(config, name) != getattr(back, name)}
-        if wrong:
-            listed = ", ".join(
-                f"`{name}={getattr(config, name)!r}` ({self.name} has {value!r})" for name, value in wrong.items()
-            )
-            raise ConversionError(f"this model is no {self.name}; in the way: {listed}")
+        in_the_way += [f"`{name}={getattr(config, name)!r}` ({self.name} has {wrong[name]!r})" for name in wrong]
+        if in_the_way:
+            raise ConversionError(f"this model is no {self.name}; in the way: {', '.join(in_the_way)}")
         return values
 
     def _fixed_otherwise(self, config: MiniLLMConfig) -> dict[str, Any]:
@@ -206,11 +214,16 @@ class Family:
     def _complete(self, raw: dict[str, Any]) -> dict[str, Any]:
         """The config with every default filled in, old spellings read as transformers reads them."""
         if self.defaults is not None:
-            return {**self.defaults, **raw}
+            return copy.deepcopy({**self.defaults, **raw})
         try:
-            return CONFIG_MAPPING[self.model_type].from_dict(raw).to_dict()
+            return self.native_config(raw).to_dict()
         except (ValueError, *MISREAD) as error:
             raise ConversionError(f"this is no valid {self.name} config: {error}") from error
+
+    def native_config(self, raw: dict[str, Any]) -> PreTrainedConfig:
+        """transformers' own config of a native config.json, which stays as it is; errors are those of transformers."""
+        # Its classes write their defaults into nested dictionaries, and those may be a config's own.
+        return CONFIG_MAPPING[self.model_type].from_dict(copy.deepcopy(raw))
 
     def _refuse_unknown(self, raw: dict[str, Any]) -> None:
         known = GENERIC_KEYS | self.ignored | set(self.keys) | set(self.required)
@@ -237,6 +250,14 @@ class Family:
                 f"the {self.name} rules do not fit this config: {sorted(set(targets).symmetric_difference(filled))}"
             )
         return found, targets
+
+
+def words_of_our_own(values: Mapping[str, Any]) -> list[str]:
+    """Fields with values that no family has, since transformers knows none of them."""
+    act, rope = values.get("hidden_act"), values.get("rope_parameters")
+    kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
+    found = [f"`hidden_act={act!r}`"] if act in GATED_ACTS else []
+    return found + ([f"`rope_parameters['rope_type']={kind!r}`"] if kind == "ntk" else [])
 
 
 def tensors_of(config: MiniLLMConfig) -> dict[str, torch.Tensor]:

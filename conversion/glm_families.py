@@ -5,7 +5,7 @@ Their checkpoints come with code of their own; the key names here are those of t
 
 from typing import Any
 
-from minillm import MiniLLMConfig
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.conversion.families import ALL_BIASES, BLOCK, GATE_AND_UP, HEAD, LAYERNORM_MLP, LLAMA_MLP, QKV, four_times
 from minillm.conversion.family import Family, TensorRule
 from minillm.conversion.transforms import GATE_UP, NORMALISED_ROWS, QKV_BY_GROUP, QKV_STACKED, UP_GATE

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from minillm import MiniLLMConfig
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 
 Tensors = list[torch.Tensor]
 

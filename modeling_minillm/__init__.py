@@ -5,6 +5,7 @@ imported, or at once if they are there.
 """
 
 import importlib
+import threading
 from typing import TYPE_CHECKING, Any
 
 from minillm.import_hooks import after_import
@@ -45,6 +46,7 @@ __all__ = [
     "training",
 ]
 
+_LOCK = threading.RLock()
 _ROOMS = ("configuration", "conversion", "data", "evaluation", "publishing", "tokenization", "training")
 _MODULES = {
     "MiniLLMConfig": "configuration.configuration_minillm",
@@ -58,11 +60,13 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _ROOMS:
-        return importlib.import_module(f"{__name__}.{name}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'modeling_minillm')}"), name)
-    globals()[name] = value
-    return value
+    # One thread at a time: of two that import the same files in another order, one would meet them half imported.
+    with _LOCK:
+        if name in _ROOMS:
+            return importlib.import_module(f"{__name__}.{name}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'modeling_minillm')}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
@@ -75,7 +79,10 @@ def _register() -> None:
 
 after_import.call(
     _register,
-    "transformers.models.auto",
+    # The files and not their package: a second thread that imports one waits until the models are entered.
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
     "transformers.modeling_utils",
     "minillm.configuration.configuration_minillm",
     "minillm.tokenization.tokenization_minillm",

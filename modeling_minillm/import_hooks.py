@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 PACKAGES = ("transformers", "peft", "minillm")
 
@@ -21,6 +22,10 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader, finder: "AfterImport"):
         self.loader = loader
         self.finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        # `python -m` asks for code, and importlib.resources for files.
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from minillm.modeling_minillm import MiniLLMPreTrainedModel
-from minillm.publishing.description import describe, describe_adapter
+from minillm.publishing.description import adapter_kind, describe, describe_adapter, is_mergeable
 
 TASKS = {
     "MiniLLMForCausalLM": ("text-generation", "AutoModelForCausalLM"),
@@ -122,7 +122,7 @@ def adapter_card(model: MiniLLMPreTrainedModel, configs: Mapping[str, Any]) -> M
     base = next(iter(configs.values())).base_model_name_or_path or ""
     shared = is_repository(base)
     task, auto_class = task_of(model)
-    kinds = [getattr(config.peft_type, "value", config.peft_type).lower() for config in configs.values()]
+    kinds = [adapter_kind(config.to_dict()).lower() for config in configs.values()]
     tags = ["minillm", *kinds, *(model.model_tags or [])]
     # The Hub shows the adapter on the page of its base by these two fields; a path in the first it refuses.
     links = {"base_model": base, "base_model_relation": "adapter"} if shared else {}
@@ -141,6 +141,10 @@ def adapter_card(model: MiniLLMPreTrainedModel, configs: Mapping[str, Any]) -> M
     first = next(iter(configs))
     folder = "" if first == "default" else f', subfolder="{first}"'
     place = base if shared else "PATH_OR_REPOSITORY_OF_THE_BASE_MODEL"
+    merged = ""
+    # The command takes the adapter in the folder itself.
+    if first == "default" and is_mergeable(configs[first].to_dict()):
+        merged = f", and\n`minillm export {place} OUT --adapter PATH_OR_REPOSITORY` makes one model of both"
     return ModelCard(
         f"""---
 {data.to_yaml()}
@@ -165,8 +169,7 @@ model = PeftModel.from_pretrained(base, "PATH_OR_REPOSITORY"{folder})
 tokenizer = AutoTokenizer.from_pretrained("{place}", trust_remote_code=True)
 ```
 
-With `pip install minillm-hf` and `import minillm` it loads without `trust_remote_code`, and
-`minillm export {place} OUT --adapter PATH_OR_REPOSITORY` makes one model of both.
+With `pip install minillm-hf` and `import minillm` it loads without `trust_remote_code`{merged}.
 """
     )
 

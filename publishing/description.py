@@ -71,10 +71,28 @@ def describe(config: MiniLLMConfig) -> dict[str, str]:
     }
 
 
+UNMERGEABLE = frozenset(
+    "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING PROMPT_TUNING SHADOW".split()
+)
+"""Kinds of adapters that add to the input, the cache or the layers instead of changing weights."""
+
+
+def adapter_kind(adapter: Mapping[str, Any]) -> str:
+    """The kind of a PEFT adapter as its file spells it, such as `"LORA"`."""
+    kind = adapter.get("peft_type")
+    return str(getattr(kind, "value", kind))
+
+
+def is_mergeable(adapter: Mapping[str, Any]) -> bool:
+    """Whether an adapter can be added to the weights of its base model, by the values of its config."""
+    # The first acts on some tokens only, the second adds layers.
+    elsewhere = adapter.get("alora_invocation_tokens") or adapter.get("layer_replication")
+    return adapter_kind(adapter) not in UNMERGEABLE and not elsewhere
+
+
 def describe_adapter(adapter: Mapping[str, Any]) -> dict[str, str]:
     """What a PEFT adapter is, by the values of its config, as pairs of a topic and a phrase."""
-    kind = adapter.get("peft_type")
-    kind = getattr(kind, "value", kind)
+    kind = adapter_kind(adapter)
     words = {"kind": f"{kind} adapter: changes to a base model, no model of its own"}
     if kind == "LORA":
         words["rank"] = f"{adapter['r']} (alpha {adapter['lora_alpha']}, dropout {adapter['lora_dropout']})"

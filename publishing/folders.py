@@ -30,12 +30,17 @@ from filelock import FileLock, Timeout
 logger = logging.getLogger(__name__)
 
 KNOWN = re.compile(
-    r"(config|generation_config|adapter_config|tokenizer_config|tokenizer|special_tokens_map|added_tokens|vocab"
-    r"|chat_template|(model\.safetensors|pytorch_model\.bin)\.index)\.json"
-    r"|((adapter_)?model(-\d{5}-of-\d{5})?)\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin"
-    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|vocab\.txt|merges\.txt|chat_template\.jinja|README\.md|\w+\.py"
+    r"(config|generation_config|tokenizer_config|tokenizer|special_tokens_map|added_tokens|chat_template"
+    r"|model\.safetensors\.index)\.json|model(-\d{5}-of-\d{5})?\.safetensors|chat_template\.jinja|README\.md"
 )
-"""Files that saving a model, an adapter or a tokenizer leaves."""
+"""Files that saving a model or a tokenizer leaves; the others are such only in some company."""
+ADAPTER = re.compile(r"adapter_config\.json|adapter_model(-\d{5}-of-\d{5})?\.safetensors")
+PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json")
+VOCABULARY = re.compile(r"vocab\.json|vocab\.txt|merges\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model")
+ONE_FILE = ("MiniLLMTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+"""Tokenizers that read `tokenizer.json` and no other vocabulary."""
+CODE = tuple(f"{name}_minillm" for name in ("configuration", "modeling", "tokenization"))
+RELATIVE_IMPORT = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 
 CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 # Moved in this order, after all others: without them a folder does not load.
@@ -81,6 +86,7 @@ def reserved(folder: str | Path, brief: bool = False) -> Iterator[None]:
 
     Raises:
         FolderInUse: somebody else writes it.
+        OSError: nothing can be written beside it, or a file or a link has the name of its unfinished content.
     """
     folder = Path(folder).resolve()
     key = (folder, os.getpid(), threading.get_ident())
@@ -96,7 +102,7 @@ def reserved(folder: str | Path, brief: bool = False) -> Iterator[None]:
             note = {"pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "brief": brief}
             with contextlib.suppress(OSError):
                 path.write_text(json.dumps(note), "utf-8")
-            shutil.rmtree(beside(folder, "partial"), ignore_errors=True)
+            remove_partial(beside(folder, "partial"))
             yield
         finally:
             _held.remove(key)
@@ -104,6 +110,15 @@ def reserved(folder: str | Path, brief: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()
             lock.release()
+
+
+def remove_partial(partial: Path) -> None:
+    """Removes what a killed process left. FileExistsError where something else has its name."""
+    if partial.is_symlink() or partial.is_file():
+        what = "a link" if partial.is_symlink() else "a file"
+        words = f"{what} stands where unfinished content is put: move it away, or choose another folder"
+        raise FileExistsError(errno.EEXIST, words, str(partial))
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -129,6 +144,9 @@ def acquire(lock: FileLock, folder: Path, brief: bool) -> None:
             holder = read_note(Path(lock.lock_file))
         # A holder has not written its note in its first moment.
         known = holder or time.monotonic() - started > PATIENCE
+        if known and not holder and not os.path.lexists(lock.lock_file):
+            words = "no file can be made here: choose another folder"
+            raise PermissionError(errno.EACCES, words, str(Path(lock.lock_file).parent))
         if known and not (brief and holder.get("brief", True)):
             who = f"process {holder['pid']} since {holder['since']}" if holder else "another process"
             raise FolderInUse(f"{folder} is being written by {who}: wait until it ends, or choose another folder")
@@ -139,11 +157,8 @@ def acquire(lock: FileLock, folder: Path, brief: bool) -> None:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    try:
-        note = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) and {"pid", "since"} <= set(note) else {}
+    note = mapping_in(path)
+    return note if {"pid", "since"} <= set(note) else {}
 
 
 def require_free(folder: str | Path, model_type: str | None = None, overwrite: bool = False) -> None:
@@ -154,9 +169,12 @@ def require_free(folder: str | Path, model_type: str | None = None, overwrite: b
         overwrite: a folder with such a model, an adapter or a tokenizer, and nothing else, counts as free.
 
     Raises:
-        ValueError: a file stands there, or a folder that is not empty and not to be replaced.
+        ValueError: a file stands there, or a folder that is not empty and not to be replaced, or, with `model_type`, a
+            link.
     """
     folder = Path(folder)
+    if model_type is not None and folder.is_symlink():
+        raise ValueError(f"{folder} is a link to {os.readlink(folder)}: name the folder itself, or choose another one")
     above = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not above.is_dir():
         raise ValueError(f"{above} is a file: choose another folder")
@@ -179,9 +197,8 @@ def content(folder: Path) -> set[str]:
 
 def why_kept(folder: Path, model_type: str) -> str | None:
     """Why a folder may not be replaced; None if it holds a model of this type, an adapter or a tokenizer only."""
-    if folder.is_symlink():
-        return f"a link to {folder.resolve()}"
-    foreign = sorted(name for name in content(folder) if not KNOWN.fullmatch(name) or (folder / name).is_dir())
+    names = {name for name in content(folder) if not (folder / name).is_dir()}
+    foreign = sorted(content(folder) - files_of_a_model(folder, names))
     if foreign:
         return f"holds {foreign[0]}, which is no file of a model"
     if not any((folder / name).is_file() for name in CONFIGS):
@@ -193,6 +210,45 @@ def why_kept(folder: Path, model_type: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return f"holds a {CONFIGS[0]} that names no `model_type`"
     return None if found == model_type else f"holds a {found!r} model, not a {model_type!r} one"
+
+
+def files_of_a_model(folder: Path, names: set[str]) -> set[str]:
+    """Those of the names that belong to the one model, adapter or tokenizer in a folder."""
+    settings = mapping_in(folder / "tokenizer_config.json")
+    patterns = [KNOWN]
+    if "config.json" not in names:
+        patterns.append(ADAPTER)
+    if not any(name.endswith(".safetensors") for name in names):
+        patterns.append(PICKLED)
+    if settings.get("tokenizer_class", ONE_FILE[0]) not in ONE_FILE:
+        patterns.append(VOCABULARY)
+    found = {name for name in names if any(pattern.fullmatch(name) for pattern in patterns)}
+    return found | names & code_of_a_model(folder, settings)
+
+
+def code_of_a_model(folder: Path, tokenizer_config: dict[str, Any]) -> set[str]:
+    """The Python files of a saved MiniLLM, those of its tokenizer, and what they import from the folder.
+
+    Older versions wrote a file for each module, by names that a file of somebody else may have, too.
+    """
+    named = tokenizer_config.get("auto_map")
+    modules = re.findall(r"'(\w+)\.\w+'", str(named)) if named else []
+    found, waiting = set(), [*CODE, *modules]
+    while waiting:
+        file = folder / f"{waiting.pop()}.py"
+        if file.name not in found and file.is_file():
+            found.add(file.name)
+            waiting += RELATIVE_IMPORT.findall(file.read_text("utf-8", "replace"))
+    return found
+
+
+def mapping_in(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where it cannot be read."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def require_apart(source: str | Path, out: str | Path) -> None:

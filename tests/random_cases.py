@@ -17,7 +17,7 @@ from reference import describe_rows
 from minillm import MiniLLMConfig, blocked_attention
 from minillm.tuning import tuning
 
-PARTS = {"quick": None, "ci": 10, "full": 1}
+PARTS = {"quick": None, "ci": 20, "full": 1}
 """Profiles of hypothesis, and of how many cases under `fuzz` each draws one."""
 LARGE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 VOCAB = 11

@@ -1,16 +1,29 @@
 """What a conversion does not honour is refused by name: keys of other families, tensors that are no weights."""
 
+import contextlib
+import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from conversion_cases import edit_json, logits_of, save_native
-from native_families import CASES, LLAMA, native_model
+from native_families import CASES, LLAMA, fill_loudly, native_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.conversion import ConversionError, convert, export, load
+from minillm.conversion import FAMILIES, ConversionError, convert, export, load
+from minillm.conversion.family import Family
+
+FIXTURES = Path(__file__).parent / "families"
+FAMILY_OF = {
+    "chatglm-6b": "chatglm",
+    "chatglm2-6b": "chatglm2",
+    "glm-10b": "glm-infilling",
+    "baichuan-7b": "baichuan",
+}
 
 
 @pytest.fixture
@@ -45,6 +58,39 @@ def test_bloom_in_slices_is_refused(tmp_path):
     torch.testing.assert_close(logits_of(found), logits_of(native))
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("qk_gn", True),
+        ("sliding_window_size", 4),
+        ("kv_n_heads", 2),
+        ("foo", 1),
+        ("attn_type", "multiquery_attention"),
+    ],
+)
+def test_unknown_keys_of_mpts_attention_are_named(key, value, tmp_path):
+    native = save_native(tmp_path / "native", "mpt_odd_heads")
+    config = tmp_path / "native" / "config.json"
+    attention = json.loads(config.read_text("utf-8"))["attn_config"]
+    edit_json(config, attn_config={**attention, "attn_impl": "triton", "attn_uses_sequence_id": False})
+    torch.testing.assert_close(logits_of(load(tmp_path / "native")), logits_of(native))
+    edit_json(config, attn_config={**attention, key: value})
+    with pytest.raises(ConversionError, match=re.escape(f"attn_config[{key!r}]={value!r}")):
+        load(tmp_path / "native")
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm2-6b", "glm-10b", "baichuan-7b"])
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_layers"])
+def test_sizes_without_a_default_are_asked_for(name, key, tmp_path):
+    raw = json.loads((FIXTURES / name / "config.json").read_text("utf-8"))
+    key = "num_hidden_layers" if name == "baichuan-7b" and key == "num_layers" else key
+    family = FAMILIES[FAMILY_OF[name]]
+    family.read_config(raw)
+    for lacking in ({other: raw[other] for other in raw if other != key}, {**raw, key: None}):
+        with pytest.raises(ConversionError, match=rf"lacks `{key}`, which has no default"):
+            family.read_config(lacking)
+
+
 @pytest.mark.parametrize("name", ["llama", "falcon_7b", "falcon_40b", "mixtral"])
 @pytest.mark.parametrize("inside", [True, False], ids=["in_rope_parameters", "beside"])
 def test_rope_on_a_part_of_the_head_is_refused_where_the_family_does_not_read_it(name, inside, tmp_path):
@@ -72,6 +118,77 @@ def test_rope_on_a_part_of_the_head_is_no_llama(tmp_path):
     with pytest.raises(ConversionError, match=r"no llama.*partial_rotary_factor'\]=0\.5"):
         export(tmp_path / "ours", tmp_path / "out", "llama")
     assert not (tmp_path / "out").exists()
+
+
+def whole_heads_of_glm():
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return MiniLLMConfig(
+        **LLAMA, num_key_value_heads=2, attention_qkv_bias=True, rope_interleaved=True, rope_parameters=rope
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_writing_a_config_leaves_its_source_as_it_is(family):
+    config = whole_heads_of_glm()
+    before = copy.deepcopy(config.to_dict())
+    with contextlib.suppress(ConversionError):
+        FAMILIES[family].write_config(config)
+    assert config.to_dict() == before
+    native = {"model_type": FAMILIES[family].model_type, "rope_parameters": {"rope_theta": 500.0}}
+    with contextlib.suppress(ConversionError):
+        FAMILIES[family].read_config(native)
+    assert native["rope_parameters"] == {"rope_theta": 500.0}
+
+
+def test_whole_heads_are_no_glm_unless_they_say_so(tmp_path):
+    """transformers' GLM turns half of each head where nothing is said."""
+    ours = fill_loudly(MiniLLMForCausalLM(whole_heads_of_glm()))
+    ours.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConversionError, match=r"no glm; in the way: `rope_parameters=.*'partial_rotary_factor': 0\.5"):
+        export(tmp_path / "ours", tmp_path / "out", "glm")
+    assert not (tmp_path / "out").exists()
+    said = {**ours.config.rope_parameters, "partial_rotary_factor": 1.0}
+    export(tmp_path / "ours", tmp_path / "out", "glm", rope_parameters=said)
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits_of(ours))
+    assert set(said) == {"rope_type", "rope_theta", "partial_rotary_factor"}
+
+
+NTK = {"rope_type": "ntk", "rope_theta": 10000.0, "factor": 2.0}
+OF_OUR_OWN = {
+    "gtu": ({"hidden_act": "gtu"}, "`hidden_act='gtu'`"),
+    "bilinear": ({"hidden_act": "bilinear"}, "`hidden_act='bilinear'`"),
+    "ntk": ({"rope_parameters": NTK}, "`rope_parameters['rope_type']='ntk'`"),
+}
+
+
+@pytest.mark.parametrize("case", OF_OUR_OWN)
+@pytest.mark.parametrize("name", ["llama", "mixtral", "glm", "falcon_7b"])
+def test_what_only_minillm_has_is_no_other_family(name, case, tmp_path):
+    changes, words = OF_OUR_OWN[case]
+    family = CASES[name][0]
+    save_native(tmp_path / "native", name)
+    if family != "falcon" or case == "ntk":
+        fields = load(tmp_path / "native").config.to_dict() | {"derived_fields": None} | changes
+        config = MiniLLMConfig.from_dict(fields)
+        with pytest.raises(ConversionError, match=rf"no {family}; in the way: {re.escape(words)} \(only MiniLLM"):
+            FAMILIES[family].write_config(config)
+    native = {"activation" if family == "falcon" and key == "hidden_act" else key: changes[key] for key in changes}
+    edit_json(tmp_path / "native" / "config.json", **native)
+    with pytest.raises(ConversionError, match=rf"{re.escape(words)} in a {family} config"):
+        load(tmp_path / "native")
+
+
+def test_an_export_is_compared_with_the_config_of_its_source(tmp_path, monkeypatch):
+    write = Family.write_config
+
+    def changed(self, config):
+        config.rope_parameters["rope_theta"] = 5.0
+        return write(self, config)
+
+    fill_loudly(MiniLLMForCausalLM(MiniLLMConfig(**LLAMA))).save_pretrained(tmp_path / "ours")
+    monkeypatch.setattr(Family, "write_config", changed)
+    with pytest.raises(ConversionError, match="differs from its source"):
+        export(tmp_path / "ours", tmp_path / "out", "llama")
 
 
 @pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])

@@ -31,8 +31,9 @@ from folder_cases import (
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from minillm import MiniLLMForCausalLM, MiniLLMTokenizer, folders
+from minillm import MiniLLMForCausalLM, MiniLLMTokenizer
 from minillm.conversion import convert, export
+from minillm.publishing import folders
 from minillm.publishing.folders import FolderInUse, claimed, new_folder, require_free, reserved, updated_folder
 
 
@@ -485,6 +486,51 @@ def test_overwrite_replaces_an_older_model_only(things, tmp_path):
     assert tree(ours) == before and (tmp_path / "link").is_symlink()
 
 
+FOREIGN = {
+    "train.py": "from transformers import Trainer",
+    "cache.py": "from .modeling_minillm import MiniLLMForCausalLM",
+    "vocab.txt": "my words",
+    "merges.txt": "a b",
+    "vocab.json": "{}",
+    "tokenizer.model": "sentences",
+    "pytorch_model.bin": "weights of mine",
+    "adapter_model.safetensors": "weeks of training",
+    "adapter_config.json": "{}",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_overwrite_keeps_what_only_looks_like_a_file_of_the_model(name, things, tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    model(0).save_pretrained(ours)
+    tokenizer("some words", None).save_pretrained(ours)
+    export(ours, theirs, "llama")
+    for folder in (ours, theirs):
+        (folder / name).write_text(FOREIGN[name], "utf-8")
+    with pytest.raises(ValueError, match=rf"holds {name}, which is no file of a model"):
+        convert(things / "llama", ours, overwrite=True)
+    with pytest.raises(ValueError, match=rf"holds {name}, which is no file of a model"):
+        export(things / "model", theirs, "llama", overwrite=True)
+    assert all((folder / name).read_text("utf-8") == FOREIGN[name] for folder in (ours, theirs))
+
+
+def test_overwrite_replaces_models_of_older_versions_and_carried_tokenizers(things, tmp_path):
+    """A Python file for each module; a tokenizer with code and a vocabulary of its own."""
+    ours = tmp_path / "ours"
+    model(0).save_pretrained(ours)
+    (ours / "modeling_minillm.py").write_text("from .configuration_minillm import A\nfrom .cache import B\n", "utf-8")
+    (ours / "cache.py").write_text("from .checks import (\n    A,\n)\n", "utf-8")
+    (ours / "checks.py").write_text("A = 1\n", "utf-8")
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (ours / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    (ours / "own.py").write_text("from .words import A\n", "utf-8")
+    for name in ("words.py", "vocab.txt"):
+        (ours / name).write_text("", "utf-8")
+    convert(things / "llama", ours, overwrite=True)
+    assert loaded(ours) and {path.suffix for path in ours.iterdir()} == {".json", ".py", ".md", ".safetensors"}
+    assert {path.stem for path in ours.glob("*.py")} == {"configuration_minillm", "modeling_minillm"}
+
+
 def test_the_source_is_never_the_output(tmp_path):
     source, ours = llama(tmp_path / "llama"), tmp_path / "ours"
     convert(source, ours)
@@ -523,6 +569,42 @@ def test_empty_folders_and_links_to_them_are_free(tmp_path):
             (folder / "file").write_text(name, "utf-8")
         assert (tmp_path / name).is_symlink()
     assert tree(tmp_path) == ["empty", "empty/file", "link", "missing", "missing/file", "nowhere"]
+
+
+@pytest.mark.parametrize("target", ["empty", "missing", "model"])
+def test_conversions_refuse_a_link(target, things, tmp_path):
+    (tmp_path / "empty").mkdir()
+    model(0).save_pretrained(tmp_path / "model")
+    (tmp_path / "link").symlink_to(target)
+    before = tree(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=rf"link is a link to {target}"):
+            convert(things / "llama", tmp_path / "link", overwrite=overwrite)
+        with pytest.raises(ValueError, match=rf"link is a link to {target}"):
+            export(things / "model", tmp_path / "link", "llama", overwrite=overwrite)
+    for command in ("convert", "export --as"):
+        assert "link is " in fail(*commands(things, tmp_path / "link")[command])
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_has_the_name_of_unfinished_content_is_named_and_stays(kind, things, tmp_path):
+    partial = tmp_path / ".out.partial"
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        partial.symlink_to("elsewhere")
+    else:
+        partial.write_text("mine", "utf-8")
+    before = tree(tmp_path)
+    told = fail(*commands(things, tmp_path / "out")["convert"])
+    assert f"a {kind} stands where unfinished content is put: move it away" in told and ".out.partial" in told
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_place_where_no_file_can_be_made_is_no_folder_in_use():
+    with pytest.raises(PermissionError, match=r"no file can be made here.*/proc"), reserved("/proc/x"):
+        pass
 
 
 def test_a_report_replaces_only_a_report(things, tmp_path):

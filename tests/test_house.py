@@ -182,6 +182,41 @@ def test_everything_is_registered_in_any_order_of_imports(order):
     ]
 
 
+THREADS = """
+import threading, minillm
+from transformers import AutoModelForCausalLM
+names = [name for name in minillm.__all__ if not name.startswith('__')] * 2
+start, found = threading.Barrier(len(names)), []
+
+def ask(name):
+    start.wait()
+    try:
+        found.append(getattr(minillm, name) is not None)
+    except BaseException as error:
+        found.append(repr(error))
+
+threads = [threading.Thread(target=ask, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print({str(one) for one in found})
+"""
+
+
+def test_threads_may_ask_for_public_names_at_once():
+    assert in_fresh_process(THREADS) == in_fresh_process(THREADS.replace("from transformers", "# ")) == "{'True'}"
+
+
+def test_no_room_comes_in_by_the_front_door():
+    """A thread that imports a room would wait for one that has come in by the door and waits for that room."""
+    for folder in setup_dict().values():
+        for path in (ROOT / folder).glob("*.py"):
+            nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+            froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "minillm"]
+            assert not [node for node in froms if path.name != "__init__.py"], path
+
+
 def test_too_old_transformers_is_refused_by_name():
     for use in ("minillm.MiniLLMConfig", "from transformers import AutoModel"):
         code = (
