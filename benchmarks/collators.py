@@ -21,7 +21,13 @@ from benchmarks.models import Contender, build, rotating_ids
 from benchmarks.speed import PLANS
 from benchmarks.steps import batches_of, training_step
 from benchmarks.timing import Comparison, Options, Stopwatch, compare, interleave, summarise
-from minillm.training import DataCollatorForCausalLM, DataCollatorForGLM, DataCollatorForPrefixLM, pack_dataset
+from minillm.training import (
+    DataCollatorForCausalLM,
+    DataCollatorForGLM,
+    DataCollatorForPrefixLM,
+    DocumentCollator,
+    pack_dataset,
+)
 from minillm.training.put_back import thread_count_kept
 
 VOCABULARY = 32_000
@@ -29,7 +35,7 @@ VOCABULARY = 32_000
 ENDS = range(6, 1606)
 
 
-def collators(length: int) -> dict[str, DataCollatorForCausalLM]:
+def collators(length: int) -> dict[str, DocumentCollator]:
     ids = ("pad", "mask", "smask", "gmask", "sop", "eop")
     tokens = {f"{name}_token_id": number for number, name in enumerate(ids)}
     glm = {"max_length": length, "sentence_end_token_ids": ENDS, **tokens}
@@ -48,7 +54,7 @@ def made_up_documents(count: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": rng.integers(6, VOCABULARY, length).tolist()} for length in lengths]
 
 
-def one_round(collator: DataCollatorForCausalLM, rows: list[Any], batch_size: int) -> tuple[float, float]:
+def one_round(collator: DocumentCollator, rows: list[Any], batch_size: int) -> tuple[float, float]:
     """Seconds for all rows, and the part of the tensors that is padding."""
     real = slots = 0
     start = time.perf_counter()

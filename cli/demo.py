@@ -37,7 +37,13 @@ from minillm.evaluation import BigramModel, UnigramModel, ngram_perplexity, perp
 from minillm.modeling_minillm import MiniLLMForCausalLM
 from minillm.publishing.folders import new_folder, write_atomically
 from minillm.tokenization.tokenization_minillm import MiniLLMTokenizer
-from minillm.training import DataCollatorForCausalLM, DataCollatorForPrefixLM, SetEpochCallback, pack_dataset
+from minillm.training import (
+    DataCollatorForCausalLM,
+    DataCollatorForPrefixLM,
+    DocumentCollator,
+    SetEpochCallback,
+    pack_dataset,
+)
 from minillm.training.put_back import random_states_kept, thread_count_kept
 from minillm.version import __version__
 
@@ -191,11 +197,11 @@ class Demo:
                 break
         return samples
 
-    def collator(self, name: str) -> DataCollatorForCausalLM:
+    def collator(self, name: str) -> DocumentCollator:
         kind = DataCollatorForPrefixLM if name == "prefix" else DataCollatorForCausalLM
         return kind(self.tokenizer, max_length=LENGTH, padding="max_length", seed=self.settings.seed)
 
-    def held_out_rows(self, collator: DataCollatorForCausalLM, samples: list | None = None) -> list:
+    def held_out_rows(self, collator: DocumentCollator, samples: list | None = None) -> list:
         return pack_dataset(samples or self.held_out_samples, collator, fixed_prefixes=True)[:HELD_OUT_ROWS]
 
     def score_baselines(self) -> dict[str, Any]:
@@ -250,7 +256,7 @@ class Demo:
         return result
 
     def train(
-        self, name: str, model: Any, rows: list, collator: DataCollatorForCausalLM, steps: int, learning_rate: float
+        self, name: str, model: Any, rows: list, collator: DocumentCollator, steps: int, learning_rate: float
     ) -> list[tuple[int, float]]:
         """Trains with the stock Trainer, from its last checkpoint if there is one; returns (step, loss) pairs."""
         folder = self.out / "checkpoints" / name

@@ -38,6 +38,7 @@ from minillm.training import (
     DataCollatorForGLM,
     DataCollatorForPrefixLM,
     DataCollatorForSFT,
+    DocumentCollator,
     SetEpochCallback,
     pack_dataset,
 )
@@ -152,7 +153,7 @@ def choose_objective(options: TrainOptions, config: MiniLLMConfig) -> str:
     return objective
 
 
-def build_collator(objective: str, tokenizer: Any, options: TrainOptions, config: Any) -> DataCollatorForCausalLM:
+def build_collator(objective: str, tokenizer: Any, options: TrainOptions, config: Any) -> DocumentCollator:
     length = options.max_length or config.max_position_embeddings
     # The table of learned positions; other schemes have none.
     rows = config.position_table_size

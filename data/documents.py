@@ -8,6 +8,9 @@ import numpy as np
 
 IGNORE_INDEX = -100
 
+DRAWN_AS_IN_EPOCH_0 = -1
+"""The `prefix_mask` of a packed document whose random draws are those of epoch 0 in all epochs."""
+
 MASKS = ("attention_mask", "assistant_masks", "completion_mask", "prefix_mask")
 
 # Model inputs that the collators make themselves: one in a sample would be lost without a word. A packed row may bring
@@ -22,8 +25,9 @@ class NothingToScoreError(ValueError):
 class Piece(NamedTuple):
     """A document, or the part of one that fits into a row: int64 ids and labels, [tokens] each.
 
-    Labels are the ids, or -100 where a token is not scored; so always at the first one, which nothing predicts.
-    `prefix_mask` is k on the k-th prompt and 0 elsewhere; None where the collator is still to choose it.
+    Labels are the ids, or -100 where a token is not scored; so at the first one, unless something is put before it.
+    `prefix_mask` is what a packed row keeps of random draws: k on the k-th prompt and 0 elsewhere, or
+    `DRAWN_AS_IN_EPOCH_0` throughout; None where the collator is still to draw.
     """
 
     input_ids: np.ndarray
@@ -31,23 +35,19 @@ class Piece(NamedTuple):
     prefix_mask: np.ndarray | None = None
 
     @classmethod
-    def cut(cls, input_ids: np.ndarray, scored: np.ndarray, prefix_mask: np.ndarray | None = None) -> "Piece":
-        """The piece of these ids, scored where `scored` holds."""
-        labels = np.where(scored & (np.arange(len(input_ids)) > 0), input_ids, IGNORE_INDEX)
+    def cut(
+        cls, input_ids: np.ndarray, scored: np.ndarray, prefix_mask: np.ndarray | None = None, first: bool = False
+    ) -> "Piece":
+        """The piece of these ids, scored where `scored` holds, at its first token only with `first`."""
+        labels = np.where(scored, input_ids, IGNORE_INDEX)
+        if not first:
+            labels[0] = IGNORE_INDEX
         return cls(input_ids, labels, prefix_mask)
 
     @property
     def is_scored(self) -> bool:
         """Whether any token is."""
         return bool((self.labels != IGNORE_INDEX).any())
-
-
-class Document(NamedTuple):
-    """One document of a row, which never sees its neighbours: a piece whose prompts are chosen."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    prefix_mask: np.ndarray
 
 
 def integers(name: str, values: Any, kinds: str = "iu") -> np.ndarray:

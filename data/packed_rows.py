@@ -2,7 +2,7 @@
 
 `rows-00000.arrow`, `rows-00001.arrow`, ... hold a record batch each, with a list for each row and column: `input_ids`
 (int32), `scored` (a bit for each token), `document_lengths` (int32) and, where prefixes are fixed, `prefix_mask` (the
-smallest unsigned integers that do). `packed_rows.json` says which files are complete and what they were made from.
+smallest integers that do). `packed_rows.json` says which files are complete and what they were made from.
 """
 
 import importlib
@@ -193,7 +193,8 @@ def encode(rows: Sequence[list[Piece]]) -> Any:
     ]
     fixed = [row for row in prompts if row is not None]
     if fixed:
-        kind = np.min_scalar_type(max(int(row.max()) for row in fixed))
+        least, most = min(int(row.min()) for row in fixed), max(int(row.max()) for row in fixed)
+        kind = np.promote_types(np.min_scalar_type(least), np.min_scalar_type(most))
         small = [row if row is None else row.astype(kind) for row in prompts]
         columns["prefix_mask"] = pa.array(small, pa.list_(pa.from_numpy_dtype(kind)))
     return pa.record_batch(columns)

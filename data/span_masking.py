@@ -5,13 +5,14 @@ blocklm_utils.py). Everywhere `draw(n)` gives n independent float64 numbers, uni
 [spans, 2]: the first token of each and the one after its last, sorted and disjoint.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from minillm.data.documents import IGNORE_INDEX
+from minillm.tokenization.glm_layout import lay_out_row
 
 Draw = Callable[[int], np.ndarray]
 
@@ -74,52 +75,33 @@ def corrupt(
     Raises:
         ValueError: spans that are not as described, or an order that is no permutation.
     """
-    ids = np.asarray(input_ids, np.int64)
-    spans, order = _checked(spans, order, len(ids))
-    starts, stops = spans[:, 0], spans[:, 1]
-    # A mask token takes the place of each span's first token, the others go.
-    steps = np.zeros(len(ids) + 1, np.int64)
-    steps[starts] += 1
-    steps[stops] -= 1
-    kept = steps[:-1].cumsum() == 0
-    kept[starts] = True
-    context = ids.copy()
-    context[starts] = mask_token_id
-    context = context[kept]
-    blanks = kept.cumsum()[starts] - 1
-
-    lengths = (stops - starts)[order] + 1
-    ends = lengths.cumsum()
-    begins = ends - lengths
-    inside = np.arange(lengths.sum()) - np.repeat(begins, lengths)
-    # The start token stands one before the span's first token.
-    filling = ids[np.repeat(starts[order], lengths) + np.maximum(inside - 1, 0)]
-    filling[begins] = sop_token_id
-    targets = np.append(filling[1:], eop_token_id)[: len(filling)]
-    targets[ends - 1] = eop_token_id
-
-    length = len(context)
-    filling_positions = length + inside if counting else np.repeat(blanks[order], lengths)
-    return GLMSample(
-        input_ids=np.concatenate([context, filling]),
-        labels=np.concatenate([np.full(length + 1, IGNORE_INDEX), targets]),
-        position_ids=np.concatenate([np.arange(length), filling_positions]),
-        block_position_ids=np.concatenate([np.zeros(length, np.int64), inside + 1]),
-        context_length=length,
-    )
+    text = np.asarray(input_ids, np.int64).tolist()
+    edges = np.asarray(spans, np.int64).reshape(-1, 2).tolist()
+    order = list(range(len(edges))) if order is None else np.asarray(order, np.int64).tolist()
+    _check(edges, order, len(text))
+    context, blanks, done = [], [], 0
+    for start, stop in edges:
+        context += text[done:start]
+        blanks.append(len(context))
+        context.append(mask_token_id)
+        done = stop
+    context += text[done:]
+    fills = [(blanks[number], text[slice(*edges[number])]) for number in order]
+    row = lay_out_row(context, fills, sop_token_id, eop_token_id, [mask_token_id] if counting else [])
+    columns = (row.input_ids, row.labels, row.position_ids, row.block_position_ids)
+    return GLMSample(*(np.array(column, np.int64) for column in columns), context_length=len(context))
 
 
-def _checked(spans: np.ndarray, order: Sequence[int] | np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
-    spans = np.asarray(spans, np.int64).reshape(-1, 2)
-    edges = spans.ravel()
-    if len(edges) and (edges[0] < 0 or edges[-1] > count or (np.diff(edges)[1::2] < 0).any()):
-        raise ValueError(f"spans {spans.tolist()} are not sorted and disjoint within {count} tokens")
-    if (spans[:, 0] >= spans[:, 1]).any():
-        raise ValueError(f"spans {spans.tolist()} hold an empty one")
-    order = np.arange(len(spans)) if order is None else np.asarray(order, np.int64)
-    if not np.array_equal(np.sort(order), np.arange(len(spans))):
-        raise ValueError(f"the order {order.tolist()} is no permutation of {len(spans)} spans")
-    return spans, order
+def _check(spans: list[list[int]], order: list[int], count: int) -> None:
+    done = 0
+    for start, stop in spans:
+        if start < done or stop > count:
+            raise ValueError(f"spans {spans} are not sorted and disjoint within {count} tokens")
+        if start >= stop:
+            raise ValueError(f"spans {spans} hold an empty one")
+        done = stop
+    if sorted(order) != list(range(len(spans))):
+        raise ValueError(f"the order {order} is no permutation of {len(spans)} spans")
 
 
 def poisson_cdf(mean: float) -> np.ndarray:
@@ -133,6 +115,8 @@ def poisson_cdf(mean: float) -> np.ndarray:
     return sums / sums[-1]
 
 
+# Packing and every epoch ask for the same few lengths.
+@functools.lru_cache(maxsize=2**14)
 def most_spans(count: int, fraction: float, mean: float) -> int:
     """The most spans that a text of `count` tokens may get, two standard deviations above the expected number.
 
@@ -164,18 +148,19 @@ def token_spans(maskable: np.ndarray, fraction: float, limit: int, lengths: np.n
     count = len(ordinary)
     if count == 0:
         return NO_SPANS
-    sizes = 1 + np.searchsorted(lengths, draw(limit), side="right")
+    sizes = 1 + lengths.searchsorted(draw(limit), side="right")
     covered = sizes.cumsum()
-    number = min(limit, 1 + int(np.searchsorted(covered, fraction * count)))
+    number = min(limit, 1 + int(covered.searchsorted(fraction * count)))
     sizes = sizes[:number]
     room = count - (number - 1) - (covered[number - 1] - sizes[-1]) - (number == 1 < count)
     sizes[-1] = min(sizes[-1], room)
     # The last one drawn is longer than most, since it crossed the mark; it must not always be the text's last.
-    sizes = sizes[np.argsort(draw(number))]
+    sizes = sizes[draw(number).argsort()]
     free = count - sizes.sum() - (number - 1)
-    places = np.sort((draw(number) * (free + 1)).astype(np.int64))
+    places = (draw(number) * (free + 1)).astype(np.int64)
+    places.sort()
     # Within `ordinary`: behind `places` free tokens, the spans before, and one token after each of them.
-    chosen = ordinary[np.repeat(places + np.arange(number), sizes) + np.arange(sizes.sum())]
+    chosen = ordinary[(places + np.arange(number)).repeat(sizes) + np.arange(sizes.sum())]
     return _longest(runs(chosen), limit)
 
 
@@ -219,12 +204,14 @@ def document_span(maskable: np.ndarray, fractions: tuple[float, float], draw: Dr
 
 def runs(places: np.ndarray, ends: np.ndarray | None = None) -> np.ndarray:
     """The runs of consecutive numbers among sorted `places` [n], as spans; `ends` [n] ends a run after a place too."""
-    breaks = np.diff(places) != 1
+    breaks = places[1:] - places[:-1] != 1
     if ends is not None:
         breaks |= ends[:-1]
-    last = np.append(np.flatnonzero(breaks), len(places) - 1)
-    first = np.concatenate([[0], last[:-1] + 1])
-    return np.stack([places[first], places[last] + 1], axis=1)
+    last = np.flatnonzero(breaks)
+    spans = np.empty((len(last) + 1, 2), np.int64)
+    spans[0, 0], spans[1:, 0] = places[0], places[last + 1]
+    spans[:-1, 1], spans[-1, 1] = places[last] + 1, places[-1] + 1
+    return spans
 
 
 def _longest(spans: np.ndarray, limit: int) -> np.ndarray:

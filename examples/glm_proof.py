@@ -36,7 +36,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMTokenizer, __version__
 from minillm.data import corrupt, load_corpus, split_corpus
 from minillm.data.span_masking import most_spans, poisson_cdf, token_spans
-from minillm.training import DataCollatorForCausalLM, DataCollatorForGLM, SetEpochCallback
+from minillm.training import DataCollatorForCausalLM, DataCollatorForGLM, DocumentCollator, SetEpochCallback
 from minillm.training.put_back import evaluating
 
 IGNORED = -100
@@ -72,7 +72,7 @@ class Scores(NamedTuple):
 class Counted:
     """A collator that counts the labels of each batch it makes."""
 
-    def __init__(self, collator: DataCollatorForCausalLM) -> None:
+    def __init__(self, collator: DocumentCollator) -> None:
         self.collator = collator
         self.scored: list[int] = []
 
@@ -255,7 +255,7 @@ def build_model(name: str, tokenizer: Any, recipe: Recipe) -> MiniLLMForCausalLM
     return MiniLLMForCausalLM(config)
 
 
-def build_collator(name: str, tokenizer: Any, seed: int, mask_fraction: float) -> DataCollatorForCausalLM:
+def build_collator(name: str, tokenizer: Any, seed: int, mask_fraction: float) -> DocumentCollator:
     """One row a document, none packed with another."""
     if name == "causal":
         return DataCollatorForCausalLM(tokenizer, packing=False)
@@ -264,7 +264,7 @@ def build_collator(name: str, tokenizer: Any, seed: int, mask_fraction: float) -
 
 
 def train(
-    model: Any, collator: DataCollatorForCausalLM, rows: Sequence[list[int]], seed: int, recipe: Recipe
+    model: Any, collator: DocumentCollator, rows: Sequence[list[int]], seed: int, recipe: Recipe
 ) -> dict[str, float]:
     """Trains in the stock Trainer; what it cost."""
     counted, start, steps = Counted(collator), time.monotonic(), recipe.steps

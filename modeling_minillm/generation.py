@@ -159,7 +159,7 @@ class MiniLLMGenerationMixin:
                 inputs["prefix_mask"] = padded[:, -count:]
         if block_position_ids is not None:
             prompt = kwargs["position_ids"][:, : block_position_ids.shape[1]].expand_as(block_position_ids)
-            first, second = continue_positions(prompt, block_position_ids, total)
+            first, second = continue_positions(prompt, block_position_ids, total, kwargs.get("attention_mask"))
             # Where the bias asks for the distance to cached tokens, their positions go along.
             shown = total if self.config.position_embedding_type in POSITION_BIASES else count
             inputs |= {"position_ids": first[:, -shown:], "block_position_ids": second[:, -count:]}

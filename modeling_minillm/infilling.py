@@ -42,9 +42,9 @@ def glm_inputs(
 ) -> GLMInputs:
     """The prefix and both position axes of a context with a blank, a start token, and what fills the blank.
 
-    The context, all before the first start token, is the bidirectional prefix; its first axis counts (from the first
-    real token), its second is 0. From the start token on the first axis is where the blank stands, and the second
-    counts 1, 2, ...
+    The context, all before the first start token, is the bidirectional prefix. Real tokens stand where `lay_out_row`
+    puts them, which padding does not change: on the first axis the context counts, and what follows stands where the
+    blank is; the second axis is 0 in the context and counts 1, 2, ... from the start token on.
 
     Args:
         input_ids: [batch, length]; every row has a blank in its context, then a start token.
@@ -59,50 +59,50 @@ def glm_inputs(
         ValueError: a row without start token, or without a blank before it.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-    slots = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    starts = (input_ids == sop_token_id) & real
-    if not bool(starts.any(-1).all()):
-        raise ValueError(f"`input_ids` row {row_without(starts)} holds no start token (`sop_token_id={sop_token_id}`)")
-    start = starts.long().argmax(-1, keepdim=True)
-    context = (slots < start) & real
-    blank, counting = torch.full_like(start, -1), torch.zeros_like(start, dtype=torch.bool)
-    for token_id in mask_token_ids:
-        here = (input_ids == token_id) & context
-        chosen = here.any(-1, keepdim=True) & (blank < 0)
-        blank = torch.where(chosen, here.long().argmax(-1, keepdim=True), blank)
-        counting |= chosen & (token_id in counting_token_ids)
-    if bool((blank < 0).any()):
+    index = (torch.arange(input_ids.shape[1]) - real.long().argmax(-1, keepdim=True).cpu()).clamp(min=0)
+    found = GLMInputs(index, torch.zeros_like(index), torch.zeros_like(index))
+    for number, (ids, kept) in enumerate(zip(input_ids.cpu(), real.cpu(), strict=True)):
+        row = _read_row(number, ids[kept].tolist(), mask_token_ids, sop_token_id, counting_token_ids)
+        for name, values in found._asdict().items():
+            values[number, kept] = torch.tensor(getattr(row, name))
+    return GLMInputs(*(values.to(input_ids.device) for values in found))
+
+
+def _read_row(
+    number: int, ids: list[int], mask_token_ids: Sequence[int], sop_token_id: int, counting_token_ids: Sequence[int]
+) -> GLMRow:
+    if sop_token_id not in ids:
+        raise ValueError(f"`input_ids` row {number} holds no start token (`sop_token_id={sop_token_id}`)")
+    start = ids.index(sop_token_id)
+    context, span = ids[:start], ids[start + 1 :]
+    blank = next((context.index(token_id) for token_id in mask_token_ids if token_id in context), None)
+    if blank is None:
         raise ValueError(
-            f"`input_ids` row {row_without(blank >= 0)} has no blank (`mask_token_ids={list(mask_token_ids)}`) before "
-            "its start token"
+            f"`input_ids` row {number} has no blank (`mask_token_ids={list(mask_token_ids)}`) before its start token"
         )
-    first = real.long().argmax(-1, keepdim=True)
-    index, inside = (slots - first).clamp(min=0), slots >= start
-    return GLMInputs(
-        position_ids=torch.where(inside & ~counting, blank - first, index),
-        block_position_ids=torch.where(inside, slots - start + 1, 0),
-        prefix_mask=context.long(),
-    )
-
-
-def row_without(found: torch.Tensor) -> int:
-    """The first row of a boolean tensor [batch, n] that holds no True."""
-    return int((~found.any(-1)).long().argmax())
+    return lay_out_row(context, [(blank, span)], sop_token_id, counting_token_ids=counting_token_ids)
 
 
 def continue_positions(
-    position_ids: torch.Tensor, block_position_ids: torch.Tensor, total: int
+    position_ids: torch.Tensor,
+    block_position_ids: torch.Tensor,
+    total: int,
+    attention_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both axes [batch, prompt] of a prompt, gone on to `total` tokens: the first as its last two tokens do (standing
     still or counting), the second by counting where it has begun.
 
     After a lone start token the first axis counts if the token stands beyond the context: what comes before it may
-    belong to another span.
+    belong to another span. `attention_mask` [batch, prompt or more] tells padding, which is no context; one of another
+    number of axes is not read.
     """
     more = torch.arange(1, total - position_ids.shape[1] + 1, device=position_ids.device)
     last, begun = position_ids[:, -1:], (block_position_ids[:, -1:] > 0).long()
     step = last - position_ids[:, -2:-1] == 1 if position_ids.shape[1] > 1 else torch.ones_like(begun)
-    beyond = last > torch.where(block_position_ids == 0, position_ids, -1).amax(-1, keepdim=True)
+    context = block_position_ids == 0
+    if attention_mask is not None and attention_mask.ndim == 2:
+        context = context & (attention_mask[:, : context.shape[1]] != 0)
+    beyond = last > torch.where(context, position_ids, -1).amax(-1, keepdim=True)
     step = torch.where(block_position_ids[:, -1:] == 1, beyond, step).long()
     first = torch.cat((position_ids, last + more * step), dim=-1)
     return first, torch.cat((block_position_ids, block_position_ids[:, -1:] + more * begun), dim=-1)

@@ -46,6 +46,27 @@ def test_padding_on_the_left_and_after_a_context():
     assert prefix == [[0, 0, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("counting", [(), (GMASK,)], ids=["standing", "counting"])
+def test_padding_takes_no_place_on_either_axis(counting):
+    rows = [[0, 11, GMASK, SOP, 14, 15], [11, GMASK, 0, SOP, 14, 15], [11, GMASK, SOP, 14, 15, 0]]
+    masks = [[int(token != 0) for token in row] for row in rows]
+    expected = [values[0] for values in inputs_of([11, GMASK, SOP, 14, 15], counting_token_ids=counting)]
+    found = inputs_of(*rows, attention_mask=masks, counting_token_ids=counting)
+    for values, alone in zip(found, expected, strict=True):
+        for row, mask in zip(values, masks, strict=True):
+            assert [value for value, real in zip(row, mask, strict=True) if real] == alone
+
+
+def test_generate_counts_on_over_padding_behind_a_context():
+    config = tiny_config(attention_type="prefix", **TOKENS, eos_token_id=None, pad_token_id=0)
+    model, options = loud_model(config), {"max_new_tokens": NEW, "do_sample": False}
+    ids, mask = prompts()
+    alone = model.generate(ids[1:, 3:], **options)[0, -NEW:]
+    padded = torch.cat((ids[1:, 3:-1], torch.zeros(1, 3, dtype=torch.long), ids[1:, -1:]), dim=-1)
+    mask = (padded != 0).long()
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[0, -NEW:], alone)
+
+
 def test_the_blank_named_first_is_filled_at_its_first_place():
     assert inputs_of([MASK, GMASK, 11, GMASK, SOP])[0] == [[0, 1, 2, 3, 1]]
 

@@ -133,19 +133,18 @@ def lay_out_row(
             models that have one axis only, as in GLM-130B).
     """
     length, end = len(context), IGNORE_INDEX if end_label is None else end_label
-    row = GLMRow(list(context), list(range(length)), [0] * length, [1] * length, [IGNORE_INDEX] * length)
+    input_ids, first, second, labels = list(context), list(range(length)), [0] * length, [IGNORE_INDEX] * length
     before = IGNORE_INDEX
     for blank, span in spans:
         count = len(span) + 1
         counts = context[blank] in counting_token_ids
-        row.input_ids.extend([sop_token_id, *span])
-        row.position_ids.extend(range(length, length + count) if counts else [blank] * count)
-        row.block_position_ids.extend(range(1, count + 1))
-        row.prefix_mask.extend([0] * count)
-        row.labels.extend([before, *span])
+        input_ids += [sop_token_id, *span]
+        first += range(length, length + count) if counts else [blank] * count
+        second += range(1, count + 1)
+        labels += [before, *span]
         before = end
-    row.labels.append(before)
-    return row
+    labels.append(before)
+    return GLMRow(input_ids, first, second, [1] * length + [0] * (len(input_ids) - length), labels)
 
 
 def pad_rows(
