@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from minillm import MiniLLMConfig
+from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.configuration.saved_values import refuse_impossible, what_stands
 from minillm.conversion.family import ConversionError
 

@@ -123,8 +123,8 @@ def run_demo(tmp_path):
 )
 def test_a_command_leaves_its_process_alone(place, name, call, tmp_path, monkeypatch):
     monkeypatch.setattr(place, name, stop)
-    for run in (training_run, generation_run):
-        monkeypatch.setattr(run, "load_pretrained", lambda *args, **kwargs: None)
+    for run, loader in ((training_run, "load_pretrained"), (generation_run, "load_tokenizer")):
+        monkeypatch.setattr(run, loader, lambda *args, **kwargs: None)
         monkeypatch.setattr(run, "load_model", lambda *args, **kwargs: torch.nn.Identity())
     # The others change no number of threads.
     monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads if place is demo else lambda count: None)
