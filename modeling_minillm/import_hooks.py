@@ -56,8 +56,12 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname.partition(".")[0] not in PACKAGES:
             return None
+        finders = list(sys.meta_path)
+        if self not in finders:
+            # Another thread has called what waited.
+            return None
         # Those behind this one: a process holds this file several times, if it loads the code of several folders.
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+        for finder in finders[finders.index(self) + 1 :]:
             find = getattr(finder, "find_spec", None)
             spec = None if find is None else find(fullname, path, target)
             if spec is not None:

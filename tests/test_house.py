@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import minillm
 from benchmarks.code import MOST_LINES, MOST_PARAMETERS, functions_of
+from minillm.import_hooks import AfterImport
 from minillm.publishing import hub
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +207,11 @@ print({str(one) for one in found})
 
 def test_threads_may_ask_for_public_names_at_once():
     assert in_fresh_process(THREADS) == in_fresh_process(THREADS.replace("from transformers", "# ")) == "{'True'}"
+
+
+def test_a_finder_that_has_left_finds_nothing():
+    """Another thread may take it away while this one asks it."""
+    assert AfterImport().find_spec("transformers.models", None) is None
 
 
 def test_no_room_comes_in_by_the_front_door():
