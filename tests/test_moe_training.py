@@ -9,6 +9,7 @@ from test_moe import mixtral_twin
 from training_cases import collator_for, counting_documents, largest_difference, losses, make_trainer, parameters
 from training_cases import tiny_model as dense_model
 from transformers import AutoModelForCausalLM
+from trl_cases import common
 
 from minillm import MiniLLMTokenizer
 from minillm.training.collators import pack_dataset
@@ -29,21 +30,7 @@ def model_for(tokenizer, **fields):
 
 
 def arguments(folder, **more):
-    return {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-        "max_steps": 3,
-        **more,
-    }
+    return {**common(folder), "max_steps": 3, **more}
 
 
 def supervised(model, tokenizer, folder, peft_config=None, **options):

@@ -32,29 +32,26 @@ def tokenizer():
     return train_tokenizer()
 
 
-def dpo(model, tokenizer, folder, peft_config=None, ref_model=None, **arguments):
-    # Without an adapter or a model given the reference is loaded from the folder that the model came from.
-    model.save_pretrained(folder / "base")
-    return trl.DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "base"),
-        ref_model=ref_model,
-        args=trl.DPOConfig(**{"max_length": 64, "max_steps": 4, "beta": BETA, **common(folder), **arguments}),
-        train_dataset=Dataset.from_list(PREFERENCES),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
+def compared(trainer, arguments, samples):
+    """A function that makes a trainer which compares the model with a reference."""
+
+    def make(model, tokenizer, folder, peft_config=None, ref_model=None, **given):
+        # Without an adapter or a model given the reference is loaded from the folder that the model came from.
+        model.save_pretrained(folder / "base")
+        return trainer(
+            model=AutoModelForCausalLM.from_pretrained(folder / "base"),
+            ref_model=ref_model,
+            args=arguments(**{"max_length": 64, "max_steps": 4, "beta": BETA, **common(folder), **given}),
+            train_dataset=Dataset.from_list(samples),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+
+    return make
 
 
-def kto(model, tokenizer, folder, peft_config=None, ref_model=None, **arguments):
-    model.save_pretrained(folder / "base")
-    return trl.KTOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "base"),
-        ref_model=ref_model,
-        args=trl.KTOConfig(**{"max_length": 64, "max_steps": 4, "beta": BETA, **common(folder), **arguments}),
-        train_dataset=Dataset.from_list(JUDGED),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
+dpo = compared(trl.DPOTrainer, trl.DPOConfig, PREFERENCES)
+kto = compared(trl.KTOTrainer, trl.KTOConfig, JUDGED)
 
 
 def reward(model, tokenizer, folder, peft_config=None, **arguments):
