@@ -31,7 +31,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Python, NumPy and torch, on all devices, draw on afterwards as if nothing had been drawn or seeded meanwhile."""
+    """Python, NumPy and torch (CPU and CUDA) draw on afterwards as if nothing had been drawn or seeded meanwhile."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         # Named, since torch warns of several devices where they are not.
