@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, LlamaPreTrainedModel
 
 from minillm.generation import MiniLLMGenerationMixin
 from minillm.training import checkpointing
+from minillm.training.document_collator import DocumentCollator
 
 PAGE = (REPOSITORY / "docs" / "private-names.md").read_text("utf-8")
 ROWS = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| `")]
@@ -36,6 +37,15 @@ def test_the_page_names_what_is_used_and_where():
         for name in quoted(names):
             told.setdefault(name, set()).update(quoted(files))
     assert told == private_names()
+
+
+def test_a_subclass_of_someone_else_changes_nothing():
+    before = private_names()
+
+    class Other(DocumentCollator):
+        _capacity = None
+
+    assert private_names() == before, Other
 
 
 def test_every_name_has_a_reason_a_risk_and_tests_that_are_there():
