@@ -158,14 +158,14 @@ def test_candidates(attention_type, scheme, mode):
 
 
 def test_an_assistant_need_not_have_a_prefix():
-    model = build("prefix", "rope")
+    model = build("prefix", "rope_default-gqa")
     ids, _ = prompts()
     stock = LlamaForCausalLM(
         LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
     for assistant in (build("causal", "alibi"), stock):
         answers = model.generate(ids[:1], assistant_model=assistant, **GREEDY)[:, ids.shape[1] :]
-        assert torch.equal(answers, expected_answers("prefix", "rope")[:1])
+        assert torch.equal(answers, expected_answers("prefix", "rope_default-gqa")[:1])
 
 
 @each_variant
@@ -188,15 +188,15 @@ def test_a_model_drafts_for_itself_by_leaving_early(attention_type, scheme):
 )
 def test_a_wrong_prefix_mask_is_refused(prefix_mask, message):
     with pytest.raises(ValueError, match=message):
-        build("prefix", "rope").generate(prompts()[0], prefix_mask=prefix_mask, **GREEDY)
+        build("prefix", "rope_default-gqa").generate(prompts()[0], prefix_mask=prefix_mask, **GREEDY)
 
 
 def test_guidance_is_refused_where_the_prompt_is_a_prefix():
     ids, _ = prompts()
     options = {"guidance_scale": 1.5, "negative_prompt_ids": ids[1:2, 3:], **GREEDY}
     with pytest.raises(ValueError, match=r"guidance_scale.*prompt_is_prefix"):
-        build("prefix", "rope").generate(ids[:1], **options)
-    plain, causal = build("prefix", "rope", prompt_is_prefix=False), build("causal", "rope")
+        build("prefix", "rope_default-gqa").generate(ids[:1], **options)
+    plain, causal = build("prefix", "rope_default-gqa", prompt_is_prefix=False), build("causal", "rope_default-gqa")
     assert torch.equal(plain.generate(ids[:1], **options), causal.generate(ids[:1], **options))
 
 
@@ -294,7 +294,7 @@ def test_second_turn_without_a_mask_takes_the_new_tokens_as_prefix(scheme):
 def test_chunked_prefill_is_refused_with_a_prefix():
     ids, mask = prompts()
     with pytest.raises(ValueError, match="prefill_chunk_size"):
-        build("prefix", "rope").generate(ids, attention_mask=mask, prefill_chunk_size=2, **GREEDY)
+        build("prefix", "rope_default-gqa").generate(ids, attention_mask=mask, prefill_chunk_size=2, **GREEDY)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -339,7 +339,7 @@ def test_streamer(attention_type, scheme):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("scheme", ["rope", "alibi"])
+@pytest.mark.parametrize("scheme", ["rope_default-gqa", "alibi"])
 def test_window(scheme, cache):
     model = build("causal", scheme, sliding_window=3)
     ids, mask = prompts()
@@ -362,7 +362,7 @@ TELL = {"return_dict_in_generate": True, "output_logits": True}
 
 def test_quantized_cache_equals_llamas():
     """Greedy tokens and logits of the same weights in a stock Llama under the same four-bit cache."""
-    model = build("causal", "rope")
+    model = build("causal", "rope_default-gqa")
     config = model.config
     names = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size".split()
@@ -424,7 +424,7 @@ def unpadded(ids, mask):
 
 
 @each_back_end
-@pytest.mark.parametrize("scheme", ["rope", "learned", "none"])
+@pytest.mark.parametrize("scheme", ["rope_default-gqa", "learned", "none"])
 def test_continuous_batching(scheme, back_end):
     model = build("causal", scheme, back_end)
     options = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
