@@ -54,9 +54,24 @@ def pytest_configure(config):
         deprecations.turn_into_failures()
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    mark_slow_cases(items, whole_files=not any("::" in argument for argument in config.args))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def mark_slow_cases(items, whole_files):
+    """Before pytest looks at `-m`: the cases that `mostly_slow` does not name become slow."""
+    seen = {}
+    for item in items:
+        if (mark := item.get_closest_marker("mostly_slow")) is not None:
+            seen.setdefault((item.parent.nodeid, item.originalname), (set(mark.args), set()))[1].add(item.callspec.id)
+            if item.callspec.id not in mark.args:
+                item.add_marker(pytest.mark.slow)
+    for (place, name), (kept, ids) in seen.items():
+        if whole_files and not kept <= ids:
+            raise pytest.UsageError(f"{place}::{name} has no case {sorted(kept - ids)}; it has {sorted(ids)}")

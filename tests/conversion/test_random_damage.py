@@ -168,7 +168,7 @@ def seconds(limit):
         signal.signal(signal.SIGALRM, before)
 
 
-@random_test(quick=20, full=1500, form=st.sampled_from(FORMS), damage=DAMAGES, only_load=st.booleans())
+@random_test(quick=6, full=1500, form=st.sampled_from(FORMS), damage=DAMAGES, only_load=st.booleans())
 def test_a_damaged_checkpoint_is_refused_by_name_or_read_as_it_is(form, damage, only_load):
     _, act = damage
     with tempfile.TemporaryDirectory() as root:

@@ -55,6 +55,7 @@ def run(tmp_path_factory) -> tuple[Path, str]:
     return out, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_leaves_figures_tables_and_pictures(run, kind):
     out, printed = run
@@ -181,6 +182,7 @@ def test_a_contender_without_memory_is_left_out():
     assert times["a"] == [] and len(times["b"]) == 2
 
 
+@pytest.mark.slow
 def test_a_contender_that_cannot_be_made_ready_is_named(monkeypatch):
     def build_all_but_some(contender, *others):
         if contender.model in ("Bloom", "MiniLLM alibi"):

@@ -248,6 +248,7 @@ def run_script(example, *arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_the_script_writes_its_figures_and_a_picture(example, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=20)
     sizes = ("--steps", 6, "--layers", 2, "--hidden-size", 16, "--length", 32, "--seeds", 2)

@@ -281,6 +281,7 @@ def test_a_compiled_model_has_the_mask_of_sdpa(dynamic, counted):
     assert not counted
 
 
+@pytest.mark.slow
 def test_compiled_layers_run_blocks_between_their_graphs(counted):
     model = model_of("gemma3")
     lengths = [(30, 65, 55), (60, 80, 20), (70, 70, 60)]

@@ -157,6 +157,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.mostly_slow("import minillm, peft", "import peft, minillm")
 @pytest.mark.parametrize("order", ORDERS)
 def test_everything_is_registered_in_any_order_of_imports(order):
     code = (
@@ -205,6 +206,7 @@ print({str(one) for one in found})
 """
 
 
+@pytest.mark.slow
 def test_threads_may_ask_for_public_names_at_once():
     assert in_fresh_process(THREADS) == in_fresh_process(THREADS.replace("from transformers", "# ")) == "{'True'}"
 
@@ -223,6 +225,7 @@ def test_no_room_comes_in_by_the_front_door():
             assert not [node for node in froms if path.name != "__init__.py"], path
 
 
+@pytest.mark.slow
 def test_too_old_transformers_is_refused_by_name():
     for use in ("minillm.MiniLLMConfig", "from transformers import AutoModel"):
         code = (

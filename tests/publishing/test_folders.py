@@ -68,6 +68,15 @@ def prepare(case, root):
     return folder
 
 
+@pytest.mark.mostly_slow(
+    "another config-killed",
+    "another config-full disk",
+    "whole to shards-killed",
+    "whole to shards-full disk",
+    "shards to whole-killed",
+    "tokenizer-killed",
+    "tokenizer-full disk",
+)
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("case", [*CASES, "shards to whole", "shards to other shards"])
 def test_old_or_new_loads_where_a_save_ends(case, ending, tmp_path):
@@ -464,6 +473,7 @@ def test_nothing_is_replaced_unasked(things, tmp_path):
     assert tree(tmp_path) == before and (out / "thesis.txt").read_text("utf-8") == "years of work"
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_an_older_model_only(things, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     convert(things / "llama", ours)
@@ -634,6 +644,7 @@ def small_files_only(size):
 SLOW = {"demo": pytest.mark.slow}
 
 
+@pytest.mark.mostly_slow("export-2000", "tokenizer train-2000")
 @pytest.mark.parametrize("size", [2_000, 35_000])
 @pytest.mark.parametrize("command", [pytest.param(name, marks=SLOW.get(name, ())) for name in COMMANDS])
 def test_a_full_disk_is_one_line_and_another_run_recovers(command, size, things, tmp_path):

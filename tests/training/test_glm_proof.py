@@ -239,6 +239,7 @@ def test_all_models_have_as_many_parameters_as_the_page_says():
     assert [f"{count:,} parameters" in " ".join(page.split()) for count in counts] == [True]
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_leaves_figures_and_a_picture(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=12)
     options = "--steps 3 --seeds 2 --hidden-size 32 --layers 1 --length 32 --vocab-size 300 --batch-size 4".split()

@@ -37,6 +37,7 @@ def run(model, folder, collator, dataset, **options):
     return losses(trainer), parameters(trainer.model)
 
 
+@pytest.mark.mostly_slow("plain", "accumulation")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_equals_llama_with_each_option(option, tmp_path):
     model = tiny_model()
