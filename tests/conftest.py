@@ -14,6 +14,7 @@ import pytest
 import random_cases
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 torch.set_num_threads(1)
 random_cases.register_profiles()
@@ -27,6 +28,14 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def without_bars():
+    """Bars share a lock with forked processes: one that is killed may keep it."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(autouse=True)

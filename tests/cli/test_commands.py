@@ -23,12 +23,6 @@ from minillm.configuration.presets import PRESETS
 COMMANDS = ["demo", "tokenizer", "train", "generate", "export", "push", "presets", "info"]
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    """Tables are not wrapped, so that their cells can be found."""
-    monkeypatch.setattr("minillm.cli.console.console._width", 400)
-
-
 def cells(line):
     return [cell.strip() for cell in re.split("[│┃|]", line)[1:-1]]
 

@@ -19,13 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.conversion import FAMILIES, ConversionError, convert, detect, export, load
 
-
-@pytest.fixture
-def llama(tmp_path):
-    """A native LLaMA and its folder."""
-    return save_native(tmp_path / "native"), tmp_path / "native"
-
-
 # --- sources ---
 
 

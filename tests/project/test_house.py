@@ -57,6 +57,8 @@ NAMES = [
 ]
 ROOMS = ["configuration", "conversion", "data", "evaluation", "publishing", "tokenization", "training"]
 
+PARTS_OF_THE_MODEL = ("attention", "generation", "modeling")
+
 # What stands in one line knows nothing of another in it, nor of those above.
 FLOORS = (
     ("cli",),
@@ -88,6 +90,23 @@ def test_arrows_between_rooms_run_one_way():
                 if imported != room and floor_of[imported] <= floor_of[room] and node.module != "minillm.version":
                     wrong.append(f"{path.name}: {node.module}")
     assert wrong == []
+
+
+def test_tests_stand_in_the_folder_of_their_room():
+    rooms = {*setup_dict().values(), *PARTS_OF_THE_MODEL, "project"} - {"modeling_minillm"}
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert folders == rooms
+    assert [path.name for path in (ROOT / "tests").glob("*.py")] == ["conftest.py"]
+
+
+def test_no_test_module_imports_another():
+    modules = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[-1] not in modules, path
+            elif isinstance(node, ast.Import):
+                assert not modules & {alias.name.split(".")[-1] for alias in node.names}, path
 
 
 def test_public_names():

@@ -29,20 +29,13 @@ from folder_cases import (
     tokenizer,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from minillm import MiniLLMForCausalLM, MiniLLMTokenizer
 from minillm.conversion import convert, export
 from minillm.publishing import folders
 from minillm.publishing.folders import FolderInUse, claimed, new_folder, require_free, reserved, updated_folder
 
-
-@pytest.fixture(autouse=True)
-def without_bars():
-    """Bars share a lock with forked processes: one that is killed may keep it."""
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("without_bars")
 
 
 def overwrite_by_conversion(folder):

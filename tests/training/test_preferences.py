@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from training_cases import VARIANTS, largest_difference, llama_twin, parameters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
-from trl_cases import TEXTS, common, model_for, normed_model, train, train_tokenizer
+from trl_cases import TEXTS, common, model_for, normed_model, train
 
 from minillm import MiniLLMForSequenceClassification
 
@@ -25,11 +25,6 @@ JUDGED = [
     for kind in ("chosen", "rejected")
 ]
 BETA = 0.1
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer()
 
 
 def compared(trainer, arguments, samples):

@@ -8,15 +8,10 @@ from blocks_cases import TINY
 from datasets import Dataset
 from training_cases import VARIANTS, largest_difference, llama_twin, parameters
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from trl_cases import NUMBERS, TEXTS, common, model_for, normed_model, train, train_tokenizer
+from trl_cases import NUMBERS, TEXTS, common, model_for, normed_model, train
 
 from minillm.plugin import blocks_for_any_model
 from minillm.tuning import tuning
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer()
 
 
 def chat(number):
