@@ -325,6 +325,7 @@ def test_extras_are_those_of_the_package():
         assert {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in listed} == set(names)
 
 
+@pytest.mark.slow
 def test_all_commands_but_the_demo_run_without_extras():
     """Blocks the extras for a whole process, and imports what every command imports."""
     code = (

@@ -366,6 +366,7 @@ def logits_in_training(monkeypatch):
     return returned
 
 
+@pytest.mark.mostly_slow("prefix", "lora")
 @pytest.mark.parametrize(
     ("variant", "options"),
     [("causal", ()), ("prefix", ()), ("prefix", ("--lora",)), ("prefix", ("--objective", "glm"))],

@@ -216,6 +216,7 @@ def save_adapter(base, folder, **options):
     return logits_of(PeftModel.from_pretrained(MiniLLMForCausalLM.from_pretrained(base), folder))
 
 
+@pytest.mark.mostly_slow("minillm-both", "minillm-kept_tied", "llama-inside")
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("family", ["minillm", "llama"])
 def test_merging_into_tied_tables_is_exact(name, family, tmp_path):

@@ -76,6 +76,7 @@ def test_a_kind_leaves_figures_tables_and_pictures(run, kind):
         assert (out / name).read_bytes().startswith(b"\x89PNG") and (out / name).stat().st_size < 80_000
 
 
+@pytest.mark.slow
 def test_there_are_no_other_pictures(run):
     names = sorted(path.name for path in run[0].glob("*.png"))
     assert names == sorted(name for kind in PICTURES.values() for name in kind)

@@ -271,6 +271,7 @@ def test_buffers_may_be_filled_anew_before_the_backward_pass(monkeypatch):
         assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_compiled_model_has_the_mask_of_sdpa(dynamic, counted):
     model = model_of("gemma3")

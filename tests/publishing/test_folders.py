@@ -502,6 +502,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.mostly_slow("train.py", "vocab.txt", "adapter_config.json")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_overwrite_keeps_what_only_looks_like_a_file_of_the_model(name, things, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"

@@ -202,6 +202,7 @@ def test_rows_are_of_one_length_and_nothing_is_read_twice():
     assert len(rows) == len(ids) // 16 > 1 and [token for row in rows for token in row] == ids[: 16 * len(rows)]
 
 
+@pytest.mark.slow
 def test_models_start_from_the_same_weights_and_see_the_same_rows_in_the_same_order(tmp_path, monkeypatch):
     tokenizer = small_tokenizer()
     rows = [some_ids(seed, 16) for seed in range(12)]

@@ -31,6 +31,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.mostly_slow("prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_falls_from_scratch(variant, tmp_path):
     collator = collator_for(variant)

@@ -77,6 +77,7 @@ GOLDEN_LOSSES = {
 }
 
 
+@pytest.mark.mostly_slow("alibi")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_losses_of_thirty_steps(variant, tmp_path):
     collator = collator_for(variant)
