@@ -305,6 +305,7 @@ MANY_PARAMETERS = {
     "MiniLLMTokenizer.train_from_iterator": "transformers' `train_new_from_iterator`, and options of the trainers",
     "train": "a command",
     "generate": "a command",
+    "chat": "a command",
     "convert": "public: what `load` takes, and where to write",
 }
 """Functions of more than 8 parameters, and why."""
