@@ -21,6 +21,8 @@ logger = logging.get_logger(__name__)
 
 Overlong = Literal["split", "truncate", "error"]
 
+NO_MAX_LENGTH = '`packing=True` and `padding="max_length"` need `max_length`, the tokens in a row'
+
 
 @dataclass
 class DocumentCollator(ABC):
@@ -47,7 +49,7 @@ class DocumentCollator(ABC):
             self.pad_token_id = _pad_token_id(self.tokenizer)
         _require_choice("padding", self.padding, ("longest", "max_length"))
         if self.max_length is None and (self.packing or self.padding == "max_length"):
-            raise ValueError('`packing=True` and `padding="max_length"` need `max_length`, the tokens in a row')
+            raise ValueError(NO_MAX_LENGTH)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` is {self.max_length}; a row needs at least 2 tokens to score one")
         multiple = self.pad_to_multiple_of
@@ -87,6 +89,8 @@ class DocumentCollator(ABC):
     @property
     def _capacity(self) -> int:
         """The slots of a row that its documents may take."""
+        if self.max_length is None:
+            raise ValueError(NO_MAX_LENGTH)
         return self.max_length - bool(self.objective.behind)
 
     @property
@@ -218,7 +222,11 @@ class DocumentCollator(ABC):
 
     def _width(self, needed: int) -> int:
         """The slots of all rows of a batch whose longest row needs `needed`."""
-        width = max(needed, self.max_length) if self.padding == "max_length" else needed
+        width = needed
+        if self.padding == "max_length":
+            if self.max_length is None:
+                raise ValueError(NO_MAX_LENGTH)
+            width = max(needed, self.max_length)
         multiple = self.pad_to_multiple_of or 1
         return -(-width // multiple) * multiple
 
