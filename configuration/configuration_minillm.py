@@ -20,6 +20,8 @@ from minillm.configuration.attention_fields import attention_conflicts
 from minillm.configuration.derived_fields import (
     DERIVED,
     FOLLOWED,
+    LEFT_OUT,
+    Derived,
     derive,
     followed_plan,
     recognised,
@@ -166,9 +168,9 @@ class MiniLLMConfig(PreTrainedConfig):
     hidden_size: int = 4096
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
+    num_key_value_heads: Derived[int] = LEFT_OUT
+    head_dim: Derived[int] = LEFT_OUT
+    intermediate_size: Derived[int] = LEFT_OUT
     max_position_embeddings: int = 2048
 
     # who may look at whom
@@ -200,9 +202,9 @@ class MiniLLMConfig(PreTrainedConfig):
     #   parallel  h = h + attention(norm(h)) + feed_forward(norm(h))
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float | int = 1e-6
-    norm_bias: bool | None = None
+    norm_bias: Derived[bool] = LEFT_OUT
     norm_placement: Literal["pre", "post", "deepnorm", "sandwich"] = "pre"
-    final_norm: bool | None = None
+    final_norm: Derived[bool] = LEFT_OUT
     deepnorm_alpha: float | int | None = None
     deepnorm_beta: float | int | None = None
     parallel_residual: bool = False
@@ -212,9 +214,9 @@ class MiniLLMConfig(PreTrainedConfig):
     mlp_type: Literal["glu", "mlp", "moe"] = "glu"
     hidden_act: str = "silu"
     mlp_bias: bool = False
-    num_local_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    router_aux_loss_coef: float | int | None = None
+    num_local_experts: Derived[int] = LEFT_OUT
+    num_experts_per_tok: Derived[int] = LEFT_OUT
+    router_aux_loss_coef: Derived[float | int] = LEFT_OUT
     router_jitter_noise: float | int = 0.0
     output_router_logits: bool = False
 
@@ -228,7 +230,7 @@ class MiniLLMConfig(PreTrainedConfig):
     scale_residual_init: bool = False
 
     # transformers' own
-    use_cache: bool | None = None
+    use_cache: Derived[bool] = LEFT_OUT
     skip_logits: bool | None = False
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
@@ -263,7 +265,9 @@ class MiniLLMConfig(PreTrainedConfig):
             self.rope_parameters = None
         rope = self._take_rope(kwargs, saved)
         # On the instance, since transformers 5.17 adds to it for tied embeddings.
-        self.base_model_tp_plan = tensor_parallel_plan(self.mlp_type, self.qk_norm)
+        self.base_model_tp_plan = tensor_parallel_plan(  # pyright: ignore[reportAttributeAccessIssue]
+            self.mlp_type, self.qk_norm
+        )
         super().__post_init__(**kwargs)
         fields = vars(self)
         if not rope:
@@ -311,7 +315,7 @@ class MiniLLMConfig(PreTrainedConfig):
         """Fills in the fields that follow from others where nobody has set them."""
         fields = vars(self)
         fields["derived_fields"] = derive(fields, self._derived())
-        self.base_model_tp_plan = followed_plan(self.base_model_tp_plan, fields)
+        self.base_model_tp_plan = followed_plan(self.base_model_tp_plan, fields)  # pyright: ignore[reportAttributeAccessIssue]
 
     def validate_architecture(self) -> None:
         """Checks the fields against one another; runs when the config is made and again when a model is built or the
@@ -347,8 +351,10 @@ class MiniLLMConfig(PreTrainedConfig):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> "MiniLLMConfig":
+        """As in transformers; with `return_unused_kwargs=True` a pair, which its annotation leaves out, too.
 
         Raises:
             ValueError: for a file that holds no config, or one that `from_dict` refuses; the message names its place.
@@ -391,7 +397,7 @@ class MiniLLMConfig(PreTrainedConfig):
         return found
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MiniLLMConfig":
         """Builds a config from the dictionary of a saved one and overrides for it, which `from_pretrained` and the
         Auto classes pass on.
 
