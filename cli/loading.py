@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from minillm.cli.console import one_line, warn
 from minillm.conversion.checkpoint import Checkpoint, require_weights
@@ -277,7 +277,7 @@ def check_adapter_settings(place: str, config: Mapping[str, Any], layers: int | 
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind = config.get("peft_type")
+    kind: Any = config.get("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{place}: `peft_type={kind!r}` is no kind of adapter that PEFT knows")
     for key in ("target_modules", "exclude_modules"):

@@ -16,10 +16,11 @@ def read_samples(options: Any, objective: str, tokenizer: Any) -> tuple[list, li
     """Samples to train on and held-out ones."""
     if objective != "sft":
         train, held_out = split_corpus(load_corpus(options.data))
-        return tuple(
+        train, held_out = (
             tokenize_documents(part, tokenizer, objective != "glm", special_tokens_in_text=options.special_tokens)
             for part in (train, held_out)
         )
+        return train, held_out
     samples = [
         read_answer_line(line, number, tokenizer, options.special_tokens) for number, line in jsonl_lines(options.data)
     ]

@@ -120,7 +120,7 @@ def read_value(name: str, value: Any, kind: Any) -> Any:
     if type(value) not in kinds:
         names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"the option {name} must be {names}, not {value!r}")
-    if name in LOWEST and not LOWEST[name] <= value < math.inf:
+    if name in LOWEST and not LOWEST[name] <= value < math.inf:  # pyright: ignore[reportOperatorIssue]: those are numbers
         raise ValueError(f"the option {name} is {value}; it must be at least {LOWEST[name]}")
     return value
 
@@ -275,7 +275,8 @@ def run(options: TrainOptions) -> None:
 
 
 def train(options: TrainOptions, checkpoints: Path) -> None:
-    tokenizer = load_pretrained(AutoTokenizer, options.tokenizer or options.model, "tokenizer")
+    name = options.tokenizer or options.model or ""
+    tokenizer = load_pretrained(AutoTokenizer, name, "tokenizer")
     set_seed(options.seed)
     model = build_model(options, tokenizer)
     if len(tokenizer) > model.config.vocab_size:
@@ -299,9 +300,10 @@ def train(options: TrainOptions, checkpoints: Path) -> None:
     trainer = LogitFreeTrainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trained: Any = trainer.model
     with new_folder(options.out) as folder:
-        trainer.model.save_pretrained(folder)
+        trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    score = perplexity(trainer.model, held_out_rows, collator)
+    score = perplexity(trained, held_out_rows, collator)
     say(f"held-out perplexity {score.perplexity:.2f} on {score.num_tokens:,} tokens")
     say(f"written: {options.out} (checkpoints: {checkpoints})")

@@ -151,10 +151,10 @@ class Source:
     """Samples to pack, which are compared with those that a folder was packed from."""
 
     def __init__(self, samples: Iterable[Any], folder: Path) -> None:
-        self.samples = samples
+        self.samples: Any = samples
         self.folder = folder
         is_sequence = hasattr(samples, "__len__") and hasattr(samples, "__getitem__")
-        self.length: int | None = len(samples) if is_sequence else None
+        self.length: int | None = len(self.samples) if is_sequence else None
 
     def check_length(self, manifest: Manifest) -> None:
         then = manifest.source_length
@@ -177,7 +177,7 @@ class Source:
             if stream is not None:
                 deque(islice(stream, shard.samples - looked), maxlen=0)
             start += shard.samples
-        return (self.samples[index] for index in range(start, self.length)) if stream is None else stream
+        return (self.samples[index] for index in range(start, len(self.samples))) if stream is None else stream
 
     def _other(self, reason: str) -> ValueError:
         return ValueError(

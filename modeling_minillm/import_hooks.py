@@ -8,7 +8,7 @@ import contextlib
 import importlib.abc
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ PACKAGES = ("transformers", "peft", "minillm")
 class _Loader(importlib.abc.Loader):
     """Runs a module by its own loader and tells the finder when that begins and ends."""
 
-    def __init__(self, loader: importlib.abc.Loader, finder: "AfterImport"):
+    def __init__(self, loader: importlib.abc.Loader, finder: "AfterImport") -> None:
         self.loader = loader
         self.finder = finder
 
@@ -32,7 +32,9 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         # Whoever asks a module for its loader, as `inspect` does for its source, gets the real one.
-        module.__spec__.loader = module.__loader__ = self.loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         with self.finder.importing():
             self.loader.exec_module(module)
 
@@ -40,7 +42,7 @@ class _Loader(importlib.abc.Loader):
 class AfterImport(importlib.abc.MetaPathFinder):
     """Stands before all other finders as long as a function waits."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.waiting: list[tuple[tuple[str, ...], Callable[[], None]]] = []
         self.thread = threading.local()
 
@@ -53,7 +55,9 @@ class AfterImport(importlib.abc.MetaPathFinder):
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
-    def find_spec(self, fullname: str, path, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname.partition(".")[0] not in PACKAGES:
             return None
         finders = list(sys.meta_path)

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
@@ -96,7 +96,7 @@ With `pip install minillm-hf` and `import minillm` it loads without `trust_remot
     )
 
 
-def is_repository(base: str | None) -> bool:
+def is_repository(base: str | None) -> TypeGuard[str]:
     """Whether the base model that an adapter names is one on the Hub, and no folder."""
     return bool(base) and REPOSITORY.fullmatch(base) is not None and not os.path.isdir(base)
 
@@ -109,7 +109,7 @@ def license_of(base: str | None) -> str | None:
     if not isinstance(card, (str, Path)) or not Path(card).is_file():
         return None
     found = read_card(Path(card).read_text("utf-8"))
-    return None if found is None else found.data.license
+    return None if found is None else found.data.get("license")
 
 
 def adapter_card(model: MiniLLMPreTrainedModel, configs: Mapping[str, Any]) -> ModelCard:
@@ -125,7 +125,7 @@ def adapter_card(model: MiniLLMPreTrainedModel, configs: Mapping[str, Any]) -> M
     kinds = [adapter_kind(config.to_dict()).lower() for config in configs.values()]
     tags = ["minillm", *kinds, *(model.model_tags or [])]
     # The Hub shows the adapter on the page of its base by these two fields; a path in the first it refuses.
-    links = {"base_model": base, "base_model_relation": "adapter"} if shared else {}
+    links: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if shared else {}
     data = ModelCardData(
         library_name="peft",
         pipeline_tag=task,
@@ -199,5 +199,5 @@ def write_adapter_card(model: MiniLLMPreTrainedModel, configs: Mapping[str, Any]
         for name in ("library_name", "base_model", "base_model_relation"):
             if (value := written.data.get(name)) is not None:
                 card.data[name] = value
-        card.data["tags"] = list(dict.fromkeys([*(card.data.tags or []), *written.data.tags]))
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *written.data.get("tags")]))
     card.save(file)

@@ -48,7 +48,7 @@ def describe(config: MiniLLMConfig) -> dict[str, str]:
         mask += f", within a window of {config.sliding_window} tokens"
     positions = POSITIONS[config.position_embedding_type]
     if config.position_embedding_type == "rope":
-        rope = config.rope_parameters
+        rope = vars(config)["rope_parameters"]
         layout = "interleaved" if config.rope_interleaved else "half"
         details = [f"type {rope['rope_type']}", f"base {rope['rope_theta']:g}", f"{layout} layout"]
         if rope.get("partial_rotary_factor", 1.0) != 1.0:

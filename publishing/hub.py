@@ -192,7 +192,7 @@ def settle_card(api: HfApi, repo_id: str, revision: str | None, path: Path, tags
     if tags:
         bare = f"---\n{ModelCardData(library_name='transformers').to_yaml()}\n---\n"
         card = ModelCard.load(path) if path.exists() else ModelCard(bare)
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *tags]))
         card.save(path)
 
 
@@ -206,9 +206,9 @@ def push_to_hub(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    max_shard_size: int | str = "50GB",
+    max_shard_size: int | str | None = "50GB",
     tags: list[str] | None = None,
-) -> Any:
+) -> str:
     """Uploads what `save_pretrained` writes: for a model or an adapter also its card, unless the repository has one of
     its own.
 
@@ -268,5 +268,5 @@ def install() -> None:
     MiniLLMTokenizer.save_pretrained = tokenizer_save(MiniLLMTokenizer.save_pretrained)
     MiniLLMPreTrainedModel.save_pretrained = model_save(MiniLLMPreTrainedModel.save_pretrained)
     for cls in (MiniLLMConfig, MiniLLMTokenizer, MiniLLMPreTrainedModel):
-        cls.push_to_hub = push_to_hub
+        cls.push_to_hub = push_to_hub  # pyright: ignore[reportAttributeAccessIssue]: transformers' is wrapped
     after_import.call(give_adapters_cards, "peft.peft_model")

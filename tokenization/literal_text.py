@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import get_json_schema
 
 # From the last code points of Unicode, which no text needs, down to the end of the surrogates.
 STAND_INS = range(0x10FFFF, 0xDFFF, -1)
@@ -133,8 +133,8 @@ def map_strings(value: Any, change: Callable[[Any, str], str], key: Any = None) 
         return change(key, value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    elif callable(getattr(value, "model_dump", None)):
-        value = value.model_dump()
+    elif callable(dump := getattr(value, "model_dump", None)):
+        value = dump()
     value = getattr(value, "messages", value)
     if isinstance(value, Mapping):
         return {map_strings(name, change): map_strings(part, change, name) for name, part in value.items()}
@@ -172,7 +172,7 @@ def apply_template_literally(
     if tools is not None:
         # As transformers does, but before their texts are looked at.
         tools = [get_json_schema(tool) if inspect.isroutine(tool) else tool for tool in tools]
-    inputs = (conversation, tools, documents)
+    inputs: tuple[Any, ...] = (conversation, tools, documents)
     if special_tokens_in_content or not tokenize:
         return stock(tokenizer, *inputs, tokenize=tokenize, tokenizer_kwargs=encoding, **options)
     strings: defaultdict[Any, list[str]] = defaultdict(list)

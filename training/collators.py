@@ -113,7 +113,7 @@ class DataCollatorForSFT(DocumentCollator):
         if not self.prompt_is_prefix:
             return Answers()
         end = getattr(self.tokenizer, "eos_token_id", None)
-        return AnswersToPrefixes(self.answer_start_token_id, self.turn_token_ids, end)
+        return AnswersToPrefixes(self.answer_start_token_id, self.turn_token_ids or (), end)
 
 
 def pack_dataset(
