@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import typer
 from transformers import TextStreamer, set_seed
 
+from minillm.cli.console import say
 from minillm.cli.loading import best_device, load_model, load_tokenizer
 from minillm.tokenization.glm_layout import GLMTokens, find_glm_tokens
 from minillm.tokenization.literal_text import LiteralReading, read_literally
@@ -46,6 +47,8 @@ def run(model_name: str, prompts: list[str] | None, decoding: Decoding, stream: 
         ValueError: no prompt or an empty one, streaming of several prompts, beams or blanks, `top_p` without sampling,
             or no model at the given place.
     """
+    if not prompts and sys.stdin.isatty():
+        say("waiting for prompts, one a line; Ctrl-D ends them")
     prompts = prompts or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts or not all(prompts):
         raise ValueError("no prompt: give some as arguments, or one per line on the standard input")

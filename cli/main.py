@@ -159,6 +159,29 @@ def generate(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="folder or repository of a model or an adapter")],
+    system: Annotated[str | None, typer.Option(help="system prompt")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file; left out: the tokenizer's template")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy; left out: as the model says")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="left out: as the model says")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="left out: as the model says")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="left out: as the model says")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="read special tokens in messages; else they are text")
+    ] = False,
+) -> None:
+    """Talk with a model: answers come as they are made, /help lists commands. Questions can be piped, one a line."""
+    with one_line_errors():
+        from minillm.cli.chat_run import ChatOptions, run
+
+        sampling = (max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+        run(model, ChatOptions(system, chat_template, *sampling, special_tokens))
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="model folder or repository")],
     out: Annotated[Path, typer.Argument(help="folder to write")],

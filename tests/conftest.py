@@ -14,6 +14,7 @@ import pytest
 import random_cases
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 torch.set_num_threads(1)
 random_cases.register_profiles()
@@ -27,6 +28,14 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def without_bars():
+    """Bars share a lock with forked processes: one that is killed may keep it."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +63,24 @@ def pytest_configure(config):
         deprecations.turn_into_failures()
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    mark_slow_cases(items, whole_files=not any("::" in argument for argument in config.args))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def mark_slow_cases(items, whole_files):
+    """Before pytest looks at `-m`: the cases that `mostly_slow` does not name become slow."""
+    seen = {}
+    for item in items:
+        if (mark := item.get_closest_marker("mostly_slow")) is not None:
+            seen.setdefault((item.parent.nodeid, item.originalname), (set(mark.args), set()))[1].add(item.callspec.id)
+            if item.callspec.id not in mark.args:
+                item.add_marker(pytest.mark.slow)
+    for (place, name), (kept, ids) in seen.items():
+        if whole_files and not kept <= ids:
+            raise pytest.UsageError(f"{place}::{name} has no case {sorted(kept - ids)}; it has {sorted(ids)}")

@@ -99,7 +99,7 @@ def test_a_block_meets_only_the_keys_that_it_sees():
     assert key_ranges("prefix", prefix_mask=prefix) == [(0, 128), (0, 256)]
     assert key_ranges("prefix", prefix_mask=longer) == [(0, 200), (0, 256)]
     assert key_ranges("window40") == [(0, 128), (128 - 39, 256)]
-    assert key_ranges("bidirectional window") == [(0, 128 + 39), (128 - 39, 256)]
+    assert key_ranges("bidirectional-window40") == [(0, 128 + 39), (128 - 39, 256)]
     assert key_ranges("causal", length=384, document_ids=(torch.arange(384) >= 128).long()[None]) == [
         (0, 128),
         (128, 256),

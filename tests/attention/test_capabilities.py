@@ -9,15 +9,11 @@ import pytest
 import torch
 from matrix_cases import batch, loud_model, real_tokens, tiny_config
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from variants import variants
 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMForSequenceClassification, MiniLLMModel
@@ -272,14 +268,6 @@ def test_flex_attention_takes_no_dropout():
         model(**inputs)
     with torch.no_grad(), pytest.raises(ValueError, match="dropout"):
         model(**inputs)
-
-
-@pytest.fixture
-def my_kernel(monkeypatch):
-    """A back end that MiniLLM does not know, made of transformers' own SDPA."""
-    monkeypatch.setitem(AttentionInterface._global_mapping, "my_kernel", sdpa_attention_forward)
-    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "my_kernel", sdpa_mask)
-    return "my_kernel"
 
 
 @pytest.mark.parametrize("positions", ["rope", "rope_2d", "learned", "sinusoidal", "glm_2d", "none"])

@@ -120,7 +120,7 @@ def test_prompt_answer_prompt(scheme, back_end, kind):
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
-@pytest.mark.parametrize("scheme", ["rope", "alibi", "sandwich", "learned", "sinusoidal"])
+@pytest.mark.parametrize("scheme", ["rope", "alibi_scaled", "sandwich", "learned", "sinusoidal"])
 @pytest.mark.parametrize("form", ["new", "cached_and_new"])
 @torch.no_grad()
 def test_positions_of_choice_with_a_cache(scheme, back_end, form):

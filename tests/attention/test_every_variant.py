@@ -147,7 +147,7 @@ def test_packed_equals_apart(scheme, back_end):
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
-@pytest.mark.parametrize("scheme", ["rope", "alibi", "glm_2d"])
+@pytest.mark.parametrize("scheme", ["rope", "alibi_scaled", "glm_2d"])
 def test_what_stands_at_padding_does_not_matter(scheme, back_end):
     config = tiny_config(attention_type="prefix", **POSITIONS[scheme])
     model = loud_model(config)
@@ -162,7 +162,7 @@ def test_what_stands_at_padding_does_not_matter(scheme, back_end):
     torch.testing.assert_close(got[~hidden], expected[~hidden], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["rope", "alibi", "learned"])
+@pytest.mark.parametrize("scheme", ["rope", "alibi_scaled", "learned"])
 def test_packing_is_read_from_positions_with_and_without_cache(scheme):
     config = tiny_config(**POSITIONS[scheme])
     model = loud_model(config)
@@ -190,7 +190,7 @@ def test_second_axis_says_that_nothing_is_packed(scheme):
         assert_close(model(**inputs).logits, reference_logits(config, double_weights(model), **inputs), scheme)
 
 
-@pytest.mark.parametrize("scheme", ["alibi", "sandwich", "rope", "sinusoidal", "none"])
+@pytest.mark.parametrize("scheme", ["alibi_scaled", "sandwich", "rope", "sinusoidal", "none"])
 def test_runs_past_max_position_embeddings(scheme):
     config = tiny_config(max_position_embeddings=4, num_hidden_layers=1, **POSITIONS[scheme])
     model = loud_model(config)

@@ -15,10 +15,10 @@ import minillm.token_facts
 from minillm import MiniLLMConfig
 from minillm.rotary import MiniLLMRotaryEmbedding
 
-BY_LENGTH = variants("rope_dynamic rope_partial_dynamic rope_longrope")
+BY_LENGTH = variants("rope_dynamic rope_longrope")
 MODELS = {
     **{variant: (lambda variant=variant: model_of(variant)) for variant in VARIANTS},
-    **{name: (lambda fields=fields: loud_model(tiny_config(**fields))) for name, fields in BY_LENGTH.items()},
+    **{name: (lambda name=name: model_of(name)) for name in [*BY_LENGTH, "rope_partial_dynamic"]},
 }
 
 

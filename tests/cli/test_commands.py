@@ -23,12 +23,6 @@ from minillm.configuration.presets import PRESETS
 COMMANDS = ["demo", "tokenizer", "train", "generate", "export", "push", "presets", "info"]
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    """Tables are not wrapped, so that their cells can be found."""
-    monkeypatch.setattr("minillm.cli.console.console._width", 400)
-
-
 def cells(line):
     return [cell.strip() for cell in re.split("[│┃|]", line)[1:-1]]
 
@@ -331,6 +325,7 @@ def test_extras_are_those_of_the_package():
         assert {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in listed} == set(names)
 
 
+@pytest.mark.slow
 def test_all_commands_but_the_demo_run_without_extras():
     """Blocks the extras for a whole process, and imports what every command imports."""
     code = (

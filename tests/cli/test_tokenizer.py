@@ -12,11 +12,6 @@ from minillm import MiniLLMTokenizer
 from minillm.tokenization import measure_fertility, spell_new_tokens
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    monkeypatch.setattr("minillm.cli.console.console._width", 400)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A model with its tokenizer, a Chinese and an English file, and a program."""

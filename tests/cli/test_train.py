@@ -18,7 +18,6 @@ from cli_cases import (
     tree,
     weights,
     write_answers,
-    write_corpus,
 )
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
@@ -39,11 +38,6 @@ def models(tmp_path_factory):
     folders = {name: save_small_model(root / name, name) for name in ("causal", "prefix")}
     small_tokenizer().save_pretrained(root / "tokenizer")
     return folders | {"tokenizer": root / "tokenizer"}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus", files=12)
 
 
 @pytest.fixture
@@ -372,6 +366,7 @@ def logits_in_training(monkeypatch):
     return returned
 
 
+@pytest.mark.mostly_slow("prefix", "lora")
 @pytest.mark.parametrize(
     ("variant", "options"),
     [("causal", ()), ("prefix", ()), ("prefix", ("--lora",)), ("prefix", ("--objective", "glm"))],

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from cli_cases import assert_same_weights, save_small_model, small_tokenizer, succeed, weights, write_corpus
+from cli_cases import assert_same_weights, save_small_model, small_tokenizer, succeed, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from minillm.cli import training_run
@@ -35,11 +35,6 @@ def models(tmp_path_factory):
     folders = {name: save_small_model(root / name, **fields) for name, fields in kinds.items()}
     small_tokenizer().save_pretrained(root / "tokenizer")
     return folders | {"tokenizer": root / "tokenizer"}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus", files=12)
 
 
 class Notes(TrainerCallback):
@@ -108,6 +103,7 @@ ADAPTER = ("--max-steps", 20, "--lora")
 ONE = ("--max-steps", 1)
 
 
+@pytest.mark.mostly_slow("warm-up of 3", "lora", "no warm-up")
 @pytest.mark.parametrize(
     ("arguments", "steps", "peak"),
     [

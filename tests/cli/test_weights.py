@@ -74,11 +74,6 @@ def folders(tmp_path_factory):
 CASES = ("classifier", "tied-classifier", "base-model", "lacking", "other-shape")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus", files=6)
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("command", ["export", "push", "generate", "train", "extend"])
 def test_wrong_weights_are_refused_by_name(command, case, folders, corpus, tmp_path):

@@ -333,6 +333,16 @@ def has_any_effect(before, after):
     return before.attention_type != "bidirectional" and (generated(before, after) or started(before, after))
 
 
+@pytest.mark.mostly_slow(
+    "positions-alibi",
+    "rope_2d-prefix",
+    "yarn",
+    "bidirectional",
+    "deepnorm",
+    "parallel-two-norms",
+    "moe",
+    "tied-gqa-window",
+)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_a_field_shows_or_is_refused_whatever_the_others_are(context):
     fields = CONTEXTS[context]

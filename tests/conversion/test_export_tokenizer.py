@@ -83,6 +83,7 @@ def require_no_code(folder):
         assert "auto_map" not in file.read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind == "byte_bpe" else [pytest.mark.slow]) for kind in SUBWORD_MODELS]
 )

@@ -26,12 +26,6 @@ FAMILY_OF = {
 }
 
 
-@pytest.fixture
-def llama(tmp_path):
-    """A native LLaMA and its folder."""
-    return save_native(tmp_path / "native"), tmp_path / "native"
-
-
 def edit_tensor(folder, name, change):
     """Changes one tensor of a folder's file."""
     file = folder / "model.safetensors"

@@ -122,6 +122,9 @@ def test_bfloat16_is_no_farther_from_float32_than_the_reference(name, folders):
     assert error <= 1.5 * allowed, f"error {error:.4f}, the reference's own {allowed:.4f}"
 
 
+@pytest.mark.mostly_slow(
+    "gpt2", "bloom_odd_heads", "llama_gqa_tied", "falcon_40b", "falcon_rw", "mpt_odd_heads", "glm", "mixtral"
+)
 @each_case
 def test_in_and_out_and_in_changes_no_bit(name, folders, tmp_path):
     native, folder = folders(name)

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from random_cases import random_test
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from minillm import MiniLLMForCausalLM
 from minillm.conversion import convert, load
@@ -27,11 +26,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c
 HTML = b"<!DOCTYPE html><html><head><title>Not found</title></head><body>404</body></html>"
 
 
-@pytest.fixture(autouse=True)
-def without_bars():
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("without_bars")
 
 
 @functools.cache
@@ -168,7 +163,7 @@ def seconds(limit):
         signal.signal(signal.SIGALRM, before)
 
 
-@random_test(quick=20, full=1500, form=st.sampled_from(FORMS), damage=DAMAGES, only_load=st.booleans())
+@random_test(quick=6, full=1500, form=st.sampled_from(FORMS), damage=DAMAGES, only_load=st.booleans())
 def test_a_damaged_checkpoint_is_refused_by_name_or_read_as_it_is(form, damage, only_load):
     _, act = damage
     with tempfile.TemporaryDirectory() as root:

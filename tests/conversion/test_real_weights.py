@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from cli_cases import invoke
+from cli_cases import invoke, succeed
 from example_runs import run_example
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
@@ -99,6 +99,16 @@ def test_a_converted_model_computes_and_writes_what_the_original_does(gguf_file,
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 2)
     assert len(tokenizer) == model.config.vocab_size == 49152
+
+
+def test_it_talks(gguf_file, folder):
+    """The conversation of docs/chat.md."""
+    assert invoke("convert", "--from", gguf_file, "--to", folder / "smollm2").exit_code == 0
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text("utf-8")
+    shown = re.search(r"ask, or /help\n(.*?)> /save", page, re.S)[1].splitlines()
+    questions = [line.removeprefix("> ") for line in shown if line.startswith("> ")]
+    told = succeed("chat", folder / "smollm2", "--max-new-tokens", 40, stdin="\n".join(questions))
+    assert told.splitlines() == [line for line in shown if not line.startswith("> ")]
 
 
 def test_tuned_merged_and_exported_it_is_a_llama_again(gguf_file, folder):

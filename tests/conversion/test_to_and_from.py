@@ -19,13 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from minillm import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.conversion import FAMILIES, ConversionError, convert, detect, export, load
 
-
-@pytest.fixture
-def llama(tmp_path):
-    """A native LLaMA and its folder."""
-    return save_native(tmp_path / "native"), tmp_path / "native"
-
-
 # --- sources ---
 
 
@@ -112,6 +105,7 @@ torch.save(model(torch.tensor([[3, 9, 4, 33, 21, 7]])).logits.detach(), "logits.
 """
 
 
+@pytest.mark.mostly_slow("sharded")
 @pytest.mark.parametrize("kind", ["whole", "sharded", "bin"])
 def test_a_repository_over_http(kind, tmp_path):
     native = save_native(tmp_path / "native", max_shard_size="20KB" if kind == "sharded" else "1GB")
@@ -165,6 +159,7 @@ def test_tokenizer_generation_config_and_dtype_are_carried_over(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_a_converted_folder(llama, tmp_path):
     native, folder = llama
     convert(folder, tmp_path / "ours")

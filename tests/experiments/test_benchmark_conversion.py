@@ -21,6 +21,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 def test_it_measures_and_leaves_nothing(benchmark, tmp_path, capsys):
     work = tmp_path / "work"
     work.mkdir()

@@ -55,6 +55,7 @@ def run(tmp_path_factory) -> tuple[Path, str]:
     return out, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_leaves_figures_tables_and_pictures(run, kind):
     out, printed = run
@@ -75,6 +76,7 @@ def test_a_kind_leaves_figures_tables_and_pictures(run, kind):
         assert (out / name).read_bytes().startswith(b"\x89PNG") and (out / name).stat().st_size < 80_000
 
 
+@pytest.mark.slow
 def test_there_are_no_other_pictures(run):
     names = sorted(path.name for path in run[0].glob("*.png"))
     assert names == sorted(name for kind in PICTURES.values() for name in kind)
@@ -181,6 +183,7 @@ def test_a_contender_without_memory_is_left_out():
     assert times["a"] == [] and len(times["b"]) == 2
 
 
+@pytest.mark.slow
 def test_a_contender_that_cannot_be_made_ready_is_named(monkeypatch):
     def build_all_but_some(contender, *others):
         if contender.model in ("Bloom", "MiniLLM alibi"):

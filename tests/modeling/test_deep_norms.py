@@ -248,6 +248,7 @@ def run_script(example, *arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_the_script_writes_its_figures_and_a_picture(example, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=20)
     sizes = ("--steps", 6, "--layers", 2, "--hidden-size", 16, "--length", 32, "--seeds", 2)
@@ -274,6 +275,7 @@ def test_the_script_writes_its_figures_and_a_picture(example, tmp_path):
         assert f"| {name} | {row['held_out_loss']:.2f} | {low:.2f} to {high:.2f} |" in done.output
 
 
+@pytest.mark.slow
 def test_all_variants_get_the_same_rows_in_the_same_order(example, tmp_path):
     collator = DataCollatorForCausalLM(max_length=8, pad_token_id=0)
     rows = [{"input_ids": list(range(n, n + 8)), "labels": list(range(n, n + 8))} for n in range(1, 9)]

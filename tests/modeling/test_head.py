@@ -150,6 +150,7 @@ def test_a_linear_in_the_place_of_the_head_is_refused():
     assert model.get_output_embeddings() is head
 
 
+@pytest.mark.slow
 def test_compiled_without_a_break():
     model = normed_model().train()
     rows = rows_of(model)

@@ -124,7 +124,7 @@ def test_loading_leaves_every_buffer_right(variant, options, tmp_path, poisoned_
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
-@pytest.mark.parametrize("variant", ["rope", "alibi", "deepnorm"])
+@pytest.mark.parametrize("variant", ["rope", "alibi", "deepnorm-layernorm-mlp_bias"])
 def test_loading_of_every_head(head, variant, tmp_path, poisoned_memory):
     model = noisy(head(tiny_config(**VARIANTS[variant], num_labels=3, pad_token_id=0)))
     model.save_pretrained(tmp_path)
@@ -143,9 +143,9 @@ def test_a_head_on_a_base_model_is_initialised(head, tmp_path, poisoned_memory):
             assert tensor.std().item() == pytest.approx(0.02, rel=0.4), name
 
 
-@pytest.mark.parametrize("variant", ["deepnorm", "scale_residual_init"])
+@pytest.mark.parametrize("variant", ["deepnorm-mlp", "scale_residual_init"])
 def test_a_missing_weight_gets_its_own_deviation(variant, tmp_path, poisoned_memory):
-    config = tiny_config(**VARIANTS[variant], hidden_act="gelu")
+    config = tiny_config(**{**VARIANTS[variant], "hidden_act": "gelu"})
     model = noisy(MiniLLMForCausalLM(config))
     missing = "model.layers.1.self_attn.o_proj.weight"
     weights = {name: weight for name, weight in model.state_dict().items() if name != missing}

@@ -271,6 +271,7 @@ def test_buffers_may_be_filled_anew_before_the_backward_pass(monkeypatch):
         assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_compiled_model_has_the_mask_of_sdpa(dynamic, counted):
     model = model_of("gemma3")
@@ -281,6 +282,7 @@ def test_a_compiled_model_has_the_mask_of_sdpa(dynamic, counted):
     assert not counted
 
 
+@pytest.mark.slow
 def test_compiled_layers_run_blocks_between_their_graphs(counted):
     model = model_of("gemma3")
     lengths = [(30, 65, 55), (60, 80, 20), (70, 70, 60)]

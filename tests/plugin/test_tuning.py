@@ -77,6 +77,7 @@ def test_the_page_lists_every_field_with_its_default():
     assert told == {field.name: getattr(Tuning(), field.name) for field in fields(Tuning)}
 
 
+@pytest.mark.slow
 def test_a_setting_holds_in_a_strangers_copy(tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     case = {"name": "model", "folder": str(tmp_path / "model"), "auto_class": "tuning"}

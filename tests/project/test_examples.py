@@ -72,6 +72,7 @@ def test_tuning_learns_answers_and_the_merged_model_equals_the_adapter(runs):
     assert torch.equal(weights(merged)["lm_head.weight"], table)
 
 
+@pytest.mark.slow
 def test_extending_gives_a_model_that_reads_chinese_in_fewer_tokens(tmp_path):
     save_small_model(tmp_path / "base", tie_word_embeddings=True)
     told = run_example("extend_vocabulary.py", "base", "--steps", 20, "--out", "extended", folder=tmp_path)
@@ -87,6 +88,7 @@ def test_extending_gives_a_model_that_reads_chinese_in_fewer_tokens(tmp_path):
     assert torch.equal(weights(model)["lm_head.weight"][: len(old)], weights(base)["lm_head.weight"])
 
 
+@pytest.mark.slow
 def test_a_converted_llama_learns_and_comes_out_a_llama(tmp_path):
     save_small_model(tmp_path / "minillm")
     export(tmp_path / "minillm", tmp_path / "native", "llama")

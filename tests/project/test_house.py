@@ -57,6 +57,8 @@ NAMES = [
 ]
 ROOMS = ["configuration", "conversion", "data", "evaluation", "publishing", "tokenization", "training"]
 
+PARTS_OF_THE_MODEL = ("attention", "generation", "modeling")
+
 # What stands in one line knows nothing of another in it, nor of those above.
 FLOORS = (
     ("cli",),
@@ -88,6 +90,23 @@ def test_arrows_between_rooms_run_one_way():
                 if imported != room and floor_of[imported] <= floor_of[room] and node.module != "minillm.version":
                     wrong.append(f"{path.name}: {node.module}")
     assert wrong == []
+
+
+def test_tests_stand_in_the_folder_of_their_room():
+    rooms = {*setup_dict().values(), *PARTS_OF_THE_MODEL, "project"} - {"modeling_minillm"}
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert folders == rooms
+    assert [path.name for path in (ROOT / "tests").glob("*.py")] == ["conftest.py"]
+
+
+def test_no_test_module_imports_another():
+    modules = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[-1] not in modules, path
+            elif isinstance(node, ast.Import):
+                assert not modules & {alias.name.split(".")[-1] for alias in node.names}, path
 
 
 def test_public_names():
@@ -157,6 +176,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.mostly_slow("import minillm, peft", "import peft, minillm")
 @pytest.mark.parametrize("order", ORDERS)
 def test_everything_is_registered_in_any_order_of_imports(order):
     code = (
@@ -205,6 +225,7 @@ print({str(one) for one in found})
 """
 
 
+@pytest.mark.slow
 def test_threads_may_ask_for_public_names_at_once():
     assert in_fresh_process(THREADS) == in_fresh_process(THREADS.replace("from transformers", "# ")) == "{'True'}"
 
@@ -223,6 +244,7 @@ def test_no_room_comes_in_by_the_front_door():
             assert not [node for node in froms if path.name != "__init__.py"], path
 
 
+@pytest.mark.slow
 def test_too_old_transformers_is_refused_by_name():
     for use in ("minillm.MiniLLMConfig", "from transformers import AutoModel"):
         code = (
@@ -283,6 +305,7 @@ MANY_PARAMETERS = {
     "MiniLLMTokenizer.train_from_iterator": "transformers' `train_new_from_iterator`, and options of the trainers",
     "train": "a command",
     "generate": "a command",
+    "chat": "a command",
     "convert": "public: what `load` takes, and where to write",
 }
 """Functions of more than 8 parameters, and why."""

@@ -72,6 +72,7 @@ def test_what_travels_is_the_modeling_folder_and_nothing_of_other_rooms():
     assert not [name for name in travelling if name.startswith("minillm.configuration.presets")]
 
 
+@pytest.mark.slow
 def test_two_processes_make_equal_files():
     code = (
         "import hashlib; from minillm.publishing.bundle import ROOTS, bundled_file\n"

@@ -29,20 +29,13 @@ from folder_cases import (
     tokenizer,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from minillm import MiniLLMForCausalLM, MiniLLMTokenizer
 from minillm.conversion import convert, export
 from minillm.publishing import folders
 from minillm.publishing.folders import FolderInUse, claimed, new_folder, require_free, reserved, updated_folder
 
-
-@pytest.fixture(autouse=True)
-def without_bars():
-    """Bars share a lock with forked processes: one that is killed may keep it."""
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("without_bars")
 
 
 def overwrite_by_conversion(folder):
@@ -68,6 +61,15 @@ def prepare(case, root):
     return folder
 
 
+@pytest.mark.mostly_slow(
+    "another config-killed",
+    "another config-full disk",
+    "whole to shards-killed",
+    "whole to shards-full disk",
+    "shards to whole-killed",
+    "tokenizer-killed",
+    "tokenizer-full disk",
+)
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("case", [*CASES, "shards to whole", "shards to other shards"])
 def test_old_or_new_loads_where_a_save_ends(case, ending, tmp_path):
@@ -464,6 +466,7 @@ def test_nothing_is_replaced_unasked(things, tmp_path):
     assert tree(tmp_path) == before and (out / "thesis.txt").read_text("utf-8") == "years of work"
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_an_older_model_only(things, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     convert(things / "llama", ours)
@@ -499,6 +502,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.mostly_slow("train.py", "vocab.txt", "adapter_config.json")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_overwrite_keeps_what_only_looks_like_a_file_of_the_model(name, things, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -634,6 +638,7 @@ def small_files_only(size):
 SLOW = {"demo": pytest.mark.slow}
 
 
+@pytest.mark.mostly_slow("export-2000", "tokenizer train-2000")
 @pytest.mark.parametrize("size", [2_000, 35_000])
 @pytest.mark.parametrize("command", [pytest.param(name, marks=SLOW.get(name, ())) for name in COMMANDS])
 def test_a_full_disk_is_one_line_and_another_run_recovers(command, size, things, tmp_path):

@@ -56,6 +56,7 @@ def card(folder):
     return (folder / "README.md").read_text("utf-8") if (folder / "README.md").exists() else None
 
 
+@pytest.mark.mostly_slow("None")
 @pytest.mark.parametrize("revision", [None, "dev"])
 def test_the_models_card_stands_in_any_order(revision, push):
     user = push(f"""
@@ -68,6 +69,7 @@ for repo, names in (("last", ["tokenizer", "config", "model"]), ("first", ["mode
         assert "# MiniLLM model" in text and "both directions" in text and "automatically generated" not in text
 
 
+@pytest.mark.slow
 def test_a_tokenizer_alone_has_no_empty_card_and_tags_are_kept(push):
     user = push("""
 tokenizer.push_to_hub("user/alone")
@@ -78,6 +80,7 @@ model.config.push_to_hub("user/tagged", tags=["two"])
     assert "- one" in card(user / "tagged") and "- two" in card(user / "tagged")
 
 
+@pytest.mark.slow
 def test_a_card_of_ones_own_stays_and_an_empty_one_of_transformers_does_not(push):
     user = push("""
 # What a process without MiniLLM uploads:
@@ -94,6 +97,7 @@ for repo in ("user/mine", "user/stock"):
     assert "# MiniLLM model" in card(user / "stock") and "- extra" in card(user / "stock")
 
 
+@pytest.mark.slow
 def test_a_new_branch_is_made_and_an_old_one_taken(push):
     user = push("""
 upload("---\\ntags: []\\n---\\n# Of main", "user/model")

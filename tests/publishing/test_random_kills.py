@@ -29,17 +29,10 @@ from folder_cases import (
 from hypothesis import strategies as st
 from random_cases import random_test
 from transformers import LlamaForCausalLM
-from transformers.utils import logging
 
 from minillm.conversion import convert, export
 
-
-@pytest.fixture(autouse=True)
-def without_bars():
-    """Bars share a lock with forked processes: one that is killed may keep it."""
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("without_bars")
 
 
 def command(*arguments):

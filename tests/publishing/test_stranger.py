@@ -90,7 +90,7 @@ def test_a_stranger_loads_what_trainer_and_lora_leave(tmp_path):
 
 
 def test_a_stranger_fills_and_scores_blanks(tmp_path):
-    model, names = tiny(**VARIANTS["prefix-glm_2d"]), tokenizer()
+    model, names = tiny(**VARIANTS["prefix-glm_2d-layernorm-mlp-tied"]), tokenizer()
     model.save_pretrained(tmp_path / "model")
     names.save_pretrained(tmp_path / "model")
     text, candidates = "def 你好[MASK]:  return 'hello'\n", ["(world)", "world"]
@@ -170,7 +170,7 @@ def write_file_by_file(folder: Path) -> None:
 
 
 def test_a_folder_of_many_files_still_loads(tmp_path):
-    model = tiny(**VARIANTS["prefix-glm_2d"])
+    model = tiny(**VARIANTS["prefix-glm_2d-layernorm-mlp-tied"])
     model.save_pretrained(tmp_path / "old")
     tokenizer().save_pretrained(tmp_path / "old")
     write_file_by_file(tmp_path / "old")

@@ -234,6 +234,7 @@ print(json.dumps([[type(t).__name__, t.encode(text), [getattr(t, name) for name 
 """
 
 
+@pytest.mark.slow
 def test_the_flat_files_serve_a_stranger(tokenizers, tmp_path):
     """A saved folder loads in a process that cannot import the plug-in, and saves again."""
     tokenizer = tokenizers["unigram"]

@@ -253,6 +253,7 @@ print([type(finder).__name__ for finder in sys.meta_path].count("AfterImport"))
 """
 
 
+@pytest.mark.mostly_slow("model-first")
 @pytest.mark.parametrize("first", ["import peft", "import transformers"], ids=["peft-first", "model-first"])
 def test_a_stranger_needs_no_targets(first, base, tmp_path):
     done = in_process(STRANGER.format(first=first), tmp_path)
@@ -297,6 +298,7 @@ get_peft_model(llama, LoraConfig(**settings)).push_to_hub("user/llama")
 """
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_a_pushed_adapter_as_its_card_says(base, tmp_path):
     with running_hub(tmp_path / "hub") as environment:
         done = in_process(PUBLISH, tmp_path, environment)
@@ -333,6 +335,7 @@ print(type(base).__module__.partition(".")[0])
     assert "automatically generated" in (user / "llama" / "README.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_pushing_from_the_command_line(base, tmp_path):
     adapted(base).save_pretrained(tmp_path / "bare")
     adapted(base).save_pretrained(tmp_path / "adapter")

@@ -202,6 +202,7 @@ def test_rows_are_of_one_length_and_nothing_is_read_twice():
     assert len(rows) == len(ids) // 16 > 1 and [token for row in rows for token in row] == ids[: 16 * len(rows)]
 
 
+@pytest.mark.slow
 def test_models_start_from_the_same_weights_and_see_the_same_rows_in_the_same_order(tmp_path, monkeypatch):
     tokenizer = small_tokenizer()
     rows = [some_ids(seed, 16) for seed in range(12)]
@@ -239,6 +240,7 @@ def test_all_models_have_as_many_parameters_as_the_page_says():
     assert [f"{count:,} parameters" in " ".join(page.split()) for count in counts] == [True]
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_leaves_figures_and_a_picture(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=12)
     options = "--steps 3 --seeds 2 --hidden-size 32 --layers 1 --length 32 --vocab-size 300 --batch-size 4".split()

@@ -126,6 +126,7 @@ def learnable(count, seed=0):
     return [{"input_ids": [token + 7 for token in document["input_ids"]]} for document in documents]
 
 
+@pytest.mark.mostly_slow("glm_2d-table65-None")
 @pytest.mark.parametrize("kind", [None, "document"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_loss_falls_in_the_stock_trainer(scheme, kind, tmp_path):
@@ -184,6 +185,7 @@ def test_a_collator_can_be_made_from_ids_alone():
     assert DataCollatorForGLM(max_length=16, mixture={"token": 1}, **IDS)([[21, 22, 23]])["labels"].shape[0] == 1
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_collators_runs(tmp_path):
     done = subprocess.run(
         [

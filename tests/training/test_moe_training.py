@@ -62,6 +62,7 @@ def right_padded(documents):
     }
 
 
+@pytest.mark.mostly_slow("with_router-2")
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("router", [True, False], ids=["with_router", "without"])
 def test_the_trainer_trains_as_mixtral(router, steps, tmp_path):
@@ -96,6 +97,7 @@ def test_packed_rows_are_learned(tmp_path):
 # --- TRL ---
 
 
+@pytest.mark.mostly_slow("None-{}", "0.5-{'packing': True}")
 @pytest.mark.parametrize("options", [{}, {"padding_free": True, "max_length": None}, {"packing": True}], ids=str)
 @pytest.mark.parametrize("coefficient", [None, 0.5, 0.0])
 def test_supervised_fine_tuning_equals_mixtral(coefficient, options, tokenizer, tmp_path):
@@ -130,6 +132,7 @@ def test_a_model_without_experts_is_not_taken_for_one(tokenizer, tmp_path):
         supervised(model_for(tokenizer), tokenizer, tmp_path, router_aux_loss_coef=0.1).train()
 
 
+@pytest.mark.slow
 def test_the_auxiliary_loss_evens_out_the_experts(tokenizer, tmp_path):
     loads = {}
     for coefficient in (0.0, 20.0):

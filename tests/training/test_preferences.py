@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from training_cases import VARIANTS, largest_difference, llama_twin, parameters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
-from trl_cases import TEXTS, common, model_for, normed_model, train, train_tokenizer
+from trl_cases import TEXTS, common, model_for, normed_model, train
 
 from minillm import MiniLLMForSequenceClassification
 
@@ -25,11 +25,6 @@ JUDGED = [
     for kind in ("chosen", "rejected")
 ]
 BETA = 0.1
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer()
 
 
 def compared(trainer, arguments, samples):
@@ -119,6 +114,7 @@ def test_the_loss_is_the_papers(method, variant, tokenizer, tmp_path):
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.mostly_slow("dpo")
 @pytest.mark.parametrize(
     ("method", "options"),
     [("dpo", {}), ("dpo", {"padding_free": True}), ("kto", {})],
@@ -133,6 +129,7 @@ def test_preference_optimisation_equals_llama(method, options, tokenizer, tmp_pa
     assert found[-1] < found[0]
 
 
+@pytest.mark.mostly_slow("dpo-prefix-lora")
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
@@ -183,6 +180,7 @@ def test_training_of_rewards_equals_llama(tokenizer, tmp_path):
     assert found[-1] < found[0]
 
 
+@pytest.mark.mostly_slow("prefix-lora")
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_reward_model_learns_and_loads(variant, adapter, tokenizer, tmp_path):

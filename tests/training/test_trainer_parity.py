@@ -37,6 +37,7 @@ def run(model, folder, collator, dataset, **options):
     return losses(trainer), parameters(trainer.model)
 
 
+@pytest.mark.mostly_slow("plain", "accumulation")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_equals_llama_with_each_option(option, tmp_path):
     model = tiny_model()
@@ -76,6 +77,7 @@ GOLDEN_LOSSES = {
 }
 
 
+@pytest.mark.mostly_slow("alibi")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_losses_of_thirty_steps(variant, tmp_path):
     collator = collator_for(variant)

@@ -8,15 +8,10 @@ from blocks_cases import TINY
 from datasets import Dataset
 from training_cases import VARIANTS, largest_difference, llama_twin, parameters
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from trl_cases import NUMBERS, TEXTS, common, model_for, normed_model, train, train_tokenizer
+from trl_cases import NUMBERS, TEXTS, common, model_for, normed_model, train
 
 from minillm.plugin import blocks_for_any_model
 from minillm.tuning import tuning
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer()
 
 
 def chat(number):
@@ -61,6 +56,7 @@ def sft(model, tokenizer, folder, mode, peft_config=None, **arguments):
     )
 
 
+@pytest.mark.mostly_slow("packed", "padding_free", "assistant")
 @pytest.mark.parametrize("mode", MODES)
 def test_supervised_fine_tuning_equals_llama(mode, tokenizer, tmp_path):
     model = model_for("causal", tokenizer)
@@ -73,6 +69,7 @@ def test_supervised_fine_tuning_equals_llama(mode, tokenizer, tmp_path):
     assert largest_difference(parameters(model), parameters(model_for("causal", tokenizer))) > 1e-3
 
 
+@pytest.mark.mostly_slow("qwen3-")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
 def test_packing_in_blocks_equals_eager(model_type, checkpointing, tokenizer, tmp_path, monkeypatch):
@@ -145,6 +142,7 @@ def scored_spans(labels):
     return spans
 
 
+@pytest.mark.mostly_slow("assistant_packed-prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("mode", ["packed", "completion", "assistant_packed"])
 def test_lora_fine_tuning_learns(mode, variant, tokenizer, tmp_path):
