@@ -65,7 +65,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    mark_slow_cases(items, whole_files=not any("::" in argument for argument in config.args))
+    # Of some cases, or of those that failed last, nothing tells whether the others are there.
+    whole_files = not (config.getoption("lf") or any("::" in argument for argument in config.args))
+    mark_slow_cases(items, whole_files)
     if torch.cuda.is_available():
         return
     for item in items:
