@@ -242,14 +242,14 @@ class ChatEncoder:
             "whole": f"one rendering by {self.name}, in which starts and ends of answers are verified (whole)",
             "rows": f"a row for each answer, the start of which is verified, by {self.name} (rows)",
         }
-        lines = [f"{self.ways[way]:,} conversations: {text}" for way, text in told.items() if self.ways[way]]
+        lines = [f"{_counted(self.ways[way])}: {text}" for way, text in told.items() if self.ways[way]]
         for token, count in self.other_ends.items():
             lines.append(
                 f"{count:,} answers end with {token}, at which generate() does not stop: add its id, "
                 f"{self.tokenizer.convert_tokens_to_ids(token)}, to eos_token_id in generation_config.json"
             )
         if self.without_tools:
-            lines.append(f"{self.without_tools:,} conversations lost their tools: {self.name} has no place for them")
+            lines.append(f"{_counted(self.without_tools)} without tools: {self.name} has no place for them")
         return lines
 
     def _rendering(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> Rendering:
@@ -383,6 +383,10 @@ class ChatEncoder:
     def _backend(self, drawn: Rendering) -> Tokenizer:
         reading = drawn.reading
         return self.backend if reading.tokenizer is self.tokenizer else without_post_processor(reading.tokenizer)
+
+
+def _counted(number: int) -> str:
+    return f"{number:,} conversation{'s' * (number != 1)}"
 
 
 def scored(ids: list[int], spans: list[tuple[int, int]]) -> Sample:

@@ -52,7 +52,9 @@ def smallest(values: Any) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype.kind not in "iub" or not array.size:
         return array
-    return array.astype(np.promote_types(np.min_scalar_type(array.min()), np.min_scalar_type(array.max())))
+    least, most = int(array.min()), int(array.max())
+    # A type with a sign holds one more below zero than above.
+    return array.astype(np.min_scalar_type(most if least >= 0 else min(least, -most - 1)))
 
 
 class ExampleEncoder:

@@ -268,7 +268,7 @@ def test_tools_are_rendered_where_the_template_takes_them_and_never_scored():
     # A template that passes over them is told of; one that refuses them says so itself.
     chat = encoder(of_trl("gemma"))
     chat(TWO_TURNS, TOOLS)
-    assert chat.without_tools == 1 and "1 conversations lost their tools" in chat.report()[-1]
+    assert chat.without_tools == 1 and "1 conversation without tools: the chat template" in chat.report()[-1]
     with pytest.raises(ConversationError, match="ChatML has no place for tools"):
         encoder(CHATML)(TWO_TURNS, TOOLS)
 
