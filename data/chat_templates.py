@@ -13,39 +13,55 @@ FOLDER = Path(__file__).with_name("templates")
 
 
 class ChatTemplate(NamedTuple):
-    """Where a template comes from, and how an answer ends.
+    """Where a template comes from, and what it writes.
 
     Attributes:
         source: the release that it is held to.
-        ends: what ends an answer: "eos" if the template writes the tokenizer's `eos_token` there, "" if it writes
-            nothing (the release appends the end token to an answer when it trains), or the tokens themselves.
+        ends: what ends an answer: "eos" if the template writes the tokenizer's `eos_token` there, "token" if it is one
+            of `tokens`, or "" if it writes nothing (the release appends the end token to an answer when it trains).
+        tokens: strings that are special tokens in the release's tokenizer.
         apart: prompts end with a mark that tokenizers join with an answer's first: they are tokenized apart.
     """
 
     source: str
     ends: str
+    tokens: tuple[str, ...] = ()
     apart: bool = False
 
 
+GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+
 CHAT_TEMPLATES = {
     "alpaca": ChatTemplate("Stanford Alpaca, train.py; more turns the same way", "eos", apart=True),
-    "baichuan": ChatTemplate("Baichuan-13B-Chat, generation_utils.py", ""),
-    "baichuan2": ChatTemplate("Baichuan2-Chat, generation_utils.py and fine-tune.py", ""),
-    "bloomz": ChatTemplate("BLOOMZ's card: the prompt as it is", "eos"),
-    "chatglm2": ChatTemplate("ChatGLM2-6B, tokenization_chatglm.py (build_prompt)", "", apart=True),
-    "chatglm3": ChatTemplate("ChatGLM3-6B, the chat template of its tokenizer", "<|user|>, <|observation|>"),
-    "chatml": ChatTemplate("ChatML, as Qwen and SmolLM2 write it, without their system messages", "<|im_end|>"),
+    "baichuan": ChatTemplate("Baichuan-13B-Chat, generation_utils.py", "", ("<reserved_102>", "<reserved_103>")),
+    "baichuan2": ChatTemplate(
+        "Baichuan2-Chat, generation_utils.py and fine-tune.py", "", ("<reserved_106>", "<reserved_107>")
+    ),
+    "bloomz": ChatTemplate("BLOOMZ, its card: the prompt as it is", "eos"),
+    "chatglm2": ChatTemplate("ChatGLM2-6B, tokenization_chatglm.py", "", ("[gMASK]", "sop"), apart=True),
+    "chatglm3": ChatTemplate(
+        "ChatGLM3-6B, the chat template of its tokenizer", "token", ("[gMASK]", "sop", *GLM_ROLES)
+    ),
+    "chatml": ChatTemplate(
+        "ChatML, as Qwen and SmolLM2 write it, without their system messages", "token", ("<|im_start|>", "<|im_end|>")
+    ),
     "chinese-alpaca": ChatTemplate(
         "Chinese-LLaMA-Alpaca, build_dataset.py; more turns the same way", "eos", apart=True
     ),
     "chinese-alpaca-2": ChatTemplate("Chinese-LLaMA-Alpaca-2: Llama-2's with a system message of its own", "eos"),
     "glm-4": ChatTemplate(
-        "GLM-4-9B-Chat, the chat template of its tokenizer; of tools functions only", "<|user|>, <|observation|>"
+        "GLM-4-9B-Chat, the chat template of its tokenizer; of tools functions only",
+        "token",
+        ("[gMASK]", "<sop>", *GLM_ROLES),
     ),
     "llama-2": ChatTemplate("Llama-2-Chat, the chat template of its tokenizer", "eos"),
-    "llama-3": ChatTemplate("Llama-3-Instruct, the chat template of its tokenizer", "<|eot_id|>"),
+    "llama-3": ChatTemplate(
+        "Llama-3-Instruct, the chat template of its tokenizer",
+        "token",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
     "vicuna": ChatTemplate("Vicuna 1.1 and 1.5, FastChat", "eos"),
-    "ziya": ChatTemplate("Ziya-LLaMA-13B, its card; more turns on a line of their own", "", apart=True),
+    "ziya": ChatTemplate("Ziya-LLaMA-13B, its card; more turns on lines of their own", "", apart=True),
 }
 """The templates that come along, by name."""
 

@@ -101,6 +101,21 @@ class ExampleEncoder:
         self.begin, self.end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, ends))
         self.prompt_begin = begin_ids(tokenizer)
 
+    def report(self) -> list[str]:
+        """What is to be said of the conversations encoded so far, in sentences."""
+        lines = [] if self.chat is None else self.chat.report()
+        if lines and (missing := self._missing_tokens()):
+            lines.append(
+                f"the tokenizer spells {', '.join(missing)} of the template {self.template_name} in several tokens: "
+                "add them as special tokens, or choose another template"
+            )
+        return lines
+
+    def _missing_tokens(self) -> list[str]:
+        known = CHAT_TEMPLATES.get(self.template_name or "")
+        vocabulary = self.tokenizer.get_vocab() if known else {}
+        return [token for token in known.tokens if token not in vocabulary] if known else []
+
     def encode(self, examples: Iterable[Example]) -> Iterator[tuple[Example, list[dict[str, Any]]]]:
         """Each example with its samples, in order; texts are tokenized many at a time.
 

@@ -22,6 +22,13 @@ def test_each_file_is_a_family():
     assert {case["template"] for case in REFERENCES} == set(CHAT_TEMPLATES) - {"llama-3"}
 
 
+def test_the_page_lists_them():
+    ends = {"eos": "`eos_token`", "token": "a token of the family", "": "nothing"}
+    rows = [f"| `{name}` | {one.source} | {ends[one.ends]} |" for name, one in CHAT_TEMPLATES.items()]
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    assert "\n".join(rows) in page
+
+
 @pytest.mark.parametrize("case", REFERENCES, ids=lambda case: f"{case['template']}-{len(case['messages'])}")
 def test_prompts_are_those_of_the_release(case):
     assert render(case["template"], case["messages"], add_generation_prompt=True) == case["prompt"]

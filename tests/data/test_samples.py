@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from chat_cases import TWO_TURNS, chat_tokenizer, shown
+from cli_cases import small_tokenizer
 from tokenizers import processors
 
 from minillm.data import (
@@ -73,6 +74,9 @@ def test_conversations_by_the_tokenizers_template_or_a_named_one(tmp_path):
     assert encoder.chat.report() == [
         "1 conversation: a row for each answer, the start of which is verified, by the chat template ziya (rows)"
     ]
+    encoder = ExampleEncoder(small_tokenizer(), True, template="glm-4")
+    encode(encoder, examples(tmp_path, {"messages": TWO_TURNS}))
+    assert "the tokenizer spells <sop>, <|observation|> of the template glm-4 in several" in encoder.report()[-1]
     (tmp_path / "my.jinja").write_text(chat_template("chatml"), "utf-8")
     encoder = ExampleEncoder(tokenizer, True, template=str(tmp_path / "my.jinja"))
     (found,) = encode(encoder, examples(tmp_path, {"messages": TWO_TURNS}))
