@@ -158,11 +158,9 @@ def say_of_data(kinds: Counter, objective: str, encoder: ExampleEncoder) -> None
     found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
     if set(kinds) != {"texts"}:
         say(f"data: {found}; {learned}")
-    if encoder.chat is None:
-        return
-    for line in encoder.chat.report():
+    for line in encoder.report():
         say(line)
-    if encoder.tokenizer.chat_template is None:
+    if encoder.chat is not None and encoder.tokenizer.chat_template is None:
         encoder.tokenizer.chat_template = encoder.template
         say(f"the tokenizer had no chat template; it gets {encoder.template_name}, by which the model is to be asked")
 
