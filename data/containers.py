@@ -22,6 +22,7 @@ import json
 import lzma
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -200,6 +201,11 @@ def parse_json(text: str, place: str) -> Any:
     """A value of JSON. CorpusError, naming the place, if it is none."""
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; a list of records belongs into a .json" if text.lstrip().startswith("[") else ""
+        raise CorpusError(
+            f"{place} is no JSON: {error.msg} (column {error.colno}); needed: an object on each line{hint}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CorpusError(f"{place} is no JSON: {error or type(error).__name__}") from error
 
@@ -242,8 +248,12 @@ def _json(path: Path, name: str, file: IO[bytes], encoding: str) -> Iterator[Rec
         value = [value]
     if not isinstance(value, list) or not value:
         raise NotText(f"{path} holds {value!r:.40}; needed: a list of records")
-    for number, entry in enumerate(value, 1):
-        yield _record(path, name, "record", number, entry)
+    entries, number = deque(value), 0
+    del value
+    while entries:
+        number += 1
+        # So each is held no longer than it is needed.
+        yield _record(path, name, "record", number, entries.popleft())
 
 
 def _is_json(text: str) -> bool:
@@ -272,6 +282,8 @@ def _csv(path: Path, name: str, file: IO[bytes], encoding: str) -> Iterator[Reco
             break
         if columns is None:
             columns = row
+            if len(columns) == 1 and ";" in columns[0]:
+                raise CorpusError(f"{path} line 1 separates cells by semicolons; needed: commas, or tabs in a .tsv")
             if len(set(columns)) < len(columns):
                 raise CorpusError(f"{path} line 1 names a column twice: {columns}")
         elif row:
@@ -333,7 +345,10 @@ def _saved_dataset(path: Path) -> Iterator[Record]:
 
 def _named_dataset(name: str) -> Iterator[Record]:
     repository, configuration, split = (*name.split(":"), "", "")[:3]
-    datasets = library("datasets")
+    try:
+        datasets = library("datasets")
+    except ImportError as error:
+        raise ImportError(f"{repository} is no file or folder here; {error}") from error
     try:
         found = datasets.load_dataset(repository, configuration or None)
     except Exception as error:

@@ -1,6 +1,7 @@
 """From examples to samples: token ids, and what of them is to be learned."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -85,7 +86,7 @@ class ExampleEncoder:
         tokenizer: PreTrainedTokenizerBase,
         answers_only: bool,
         *,
-        template: str | None = None,
+        template: str | Path | None = None,
         add_end: bool = True,
         end_token_ids: Sequence[int] | None = None,
         special_tokens_in_text: bool = False,
@@ -93,7 +94,7 @@ class ExampleEncoder:
         self.tokenizer = tokenizer
         self.answers_only = answers_only
         self.template = None if template is None else chat_template(template)
-        self.template_name = template
+        self.template_name = None if template is None else str(template)
         self.end_token_ids = end_token_ids
         self.special_tokens_in_text = special_tokens_in_text
         self.chat: ChatEncoder | None = None
@@ -179,7 +180,7 @@ class ExampleEncoder:
             return [self.chat.as_text(content.messages, content.tools)]
         except ConversationError as error:
             raise ConversationError(f"{place}: {error}") from error
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise CorpusError(f"{place}: {error}") from error
 
     def _chat_encoder(self, format: str) -> ChatEncoder:

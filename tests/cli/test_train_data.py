@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_conversation_is_held_out_with_all_its_rows(tmp_path, told):
     other = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     data = write(tmp_path / "a.jsonl", [{"messages": other}] * 39 + [{"messages": TWO_TURNS}])
     tokenizer = chat_tokenizer()
-    train, held_out = read_samples(options(data, training_template="baichuan2"), "sft", tokenizer)
+    train, held_out = read_samples(options(data, training_template=Path("baichuan2")), "sft", tokenizer)
     assert len(train) == 38 and [shown(tokenizer, sample) for sample in held_out] == [
         "<reserved_106>Hi<reserved_107>[[Ho</s>]]",
         "<reserved_106>Where is Peking?<reserved_107>[[In China.</s>]]",

@@ -189,6 +189,8 @@ BROKEN = {
     "cells.csv": (b"a,b\n1,2\n1,2,3\n", "cells.csv line 3 has 3 cells under the 2 of line 1"),
     "twice.csv": (b"a,a\n1,2\n", "twice.csv line 1 names a column twice"),
     "quote.csv": (b'a,b\n1,"2\n', "quote.csv line 2: unexpected end of data"),
+    "pretty.jsonl": (b'[\n{"a": 1}\n]', r"pretty.jsonl line 1 is no JSON.*needed: an object on each line; a list of"),
+    "semicolons.csv": (b"a;b\n1;2\n", "semicolons.csv line 1 separates cells by semicolons; needed: commas"),
     "empty.csv": (b"", "empty.csv is empty"),
     "text.parquet": (b"a,b\n1,2\n", "text.parquet is damaged, or is not what its name says"),
     "text.arrow": (b"a,b\n1,2\n" * 8, "text.arrow is damaged, or is not what its name says"),
@@ -215,6 +217,11 @@ def test_an_unknown_encoding_and_a_missing_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ImportError, match=r"needs zstandard: pip install 'minillm-hf\[train\]'"):
         fields(tmp_path / "a.jsonl.zst")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        ImportError, match=r"no/where is no file or folder here; this kind of data needs datasets: pip"
+    ):
+        fields("no/where")
 
 
 def test_lines_are_read_as_they_are_asked_for(tmp_path):
