@@ -28,6 +28,8 @@ from minillm.tokenization.literal_text import LiteralReading, hide_in, require_l
 MARKS_ANSWERS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 SHOWN = 24
 NEXT_TURN = {"role": "user", "content": "?"}
+CALLED = {"role": "tool", "content": "?"}
+ANSWER = {"role": "assistant", "content": "!"}
 # A template may fail on what it has no place for in any of these ways.
 REFUSALS = (TemplateError, TypeError, AttributeError, KeyError, ValueError, IndexError)
 
@@ -80,13 +82,19 @@ class Rendering:
         return self._render(self.messages[:count], self.tools, add_generation_prompt=True)
 
     def continued(self, count: int) -> str:
-        """What a turn of the user after the first messages begins with; empty if that cannot be told."""
-        text = self.text(count)
-        try:
-            longer = self._render([*self.messages[:count], NEXT_TURN], self.tools)
-        except ConversationError:
-            return ""
-        return longer.removeprefix(text) if longer.startswith(text) else ""
+        """What the turn after the first messages begins with, or would begin with; empty if that cannot be told."""
+        *before, answer = self.messages[:count]
+        following = self.messages[count] if count < len(self.messages) else None
+        following = following or (CALLED if answer.get("tool_calls") else NEXT_TURN)
+        # The answer as it is may be written otherwise once it is not the last, with its thoughts taken out.
+        for one in (answer, ANSWER):
+            try:
+                text, longer = (self._render([*before, one, *more], self.tools) for more in ([], [following]))
+            except ConversationError:
+                continue
+            if longer.startswith(text):
+                return longer.removeprefix(text)
+        return ""
 
     def without_tools(self) -> str:
         return self._render(self.messages, None)
@@ -231,6 +239,8 @@ class ChatEncoder:
         ids = self._backend(drawn).encode(drawn.text(), add_special_tokens=False).ids
         while ids and not self.tokenizer.decode(ids[-1:]).strip() and ids[-1] not in self.ends | self.special:
             ids.pop()
+        if not ids:
+            raise ConversationError(f"{self.name} writes nothing of this conversation")
         if messages[-1]["role"] == "assistant" and ids[-1] not in self.ends | self.special:
             ids.append(self._stop(drawn, len(messages)))
         return {"input_ids": ids}
@@ -317,8 +327,8 @@ class ChatEncoder:
         *earlier, (first, last, ended) = spans
         if all(ended for _, _, ended in earlier) or part.answers is None:
             if not ended and not part.text[part.spans[-1][1] :].strip():
-                ids, last = [*ids[:last], self._stop(drawn, len(drawn.messages))], last + 1
-                ended = True
+                count = part.answers[-1] + 1 if part.answers else len(drawn.messages)
+                ids, last, ended = [*ids[:last], self._stop(drawn, count)], last + 1, True
             if ended or part.answers is None:
                 return [scored(ids, [*(span[:2] for span in earlier), (first, last)])]
         samples = []

@@ -40,11 +40,13 @@ class Conversation(NamedTuple):
             `input` as well, for a template that puts them apart.
         tools: JSON schemas, or None.
         format: the name of the record's format.
+        begins_late: answers at its start that nothing asks for, as ShareGPT's have them, were left out.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     format: str = "messages"
+    begins_late: bool = False
 
 
 class TokenIds(NamedTuple):
@@ -224,7 +226,11 @@ def _read_sharegpt(fields: Mapping[str, Any], place: str) -> Conversation:
             messages.append({"role": "assistant", "content": "", "tool_calls": _calls(said, place)})
         else:
             messages.append({"role": role, "content": said})
-    return Conversation(_checked(messages, place), _tools(fields, place), "sharegpt")
+    # As FastChat does, which cut ShareGPT's long conversations in pieces.
+    asked = [number for number, message in enumerate(messages) if message["role"] == "user"][:1]
+    early = [message for message in messages[: asked[0] if asked else 0] if message["role"] == "assistant"]
+    messages = [message for message in messages if not any(message is one for one in early)]
+    return Conversation(_checked(messages, place), _tools(fields, place), "sharegpt", bool(early))
 
 
 def _calls(said: str, place: str) -> list[dict[str, Any]]:

@@ -79,6 +79,7 @@ class ExampleEncoder:
 
     Attributes:
         chat: the encoder of conversations; None as long as there was none.
+        begin_late: conversations whose first answers, which nothing asks for, were left out.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class ExampleEncoder:
         self.end_token_ids = end_token_ids
         self.special_tokens_in_text = special_tokens_in_text
         self.chat: ChatEncoder | None = None
+        self.begin_late = 0
         ends = tokenizer.eos_token_id if add_end else None
         self.begin, self.end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, ends))
         self.prompt_begin = begin_ids(tokenizer)
@@ -110,6 +112,8 @@ class ExampleEncoder:
                 f"the tokenizer spells {', '.join(missing)} of the template {self.template_name} in several tokens: "
                 "add them as special tokens, or choose another template"
             )
+        if self.begin_late:
+            lines.append(f"{self.begin_late:,} of them began with an answer, which is left out: nothing asks for it")
         return lines
 
     def _missing_tokens(self) -> list[str]:
@@ -175,6 +179,7 @@ class ExampleEncoder:
         try:
             if self.chat is None:
                 self.chat = self._chat_encoder(content.format)
+            self.begin_late += content.begins_late
             if self.answers_only:
                 return self.chat(content.messages, content.tools)
             return [self.chat.as_text(content.messages, content.tools)]

@@ -133,9 +133,20 @@ def test_glm_learns_to_stop_at_the_next_role(name):
         assert way == "whole" and told.split("<|assistant|>", 1)[1] == (
             "[[clock\n{}<|observation|>]]\nten<|assistant|>[[\nIt is ten.<|user|>]]"
         )
+        assert read(chat_template(name), messages[:2])[1][0].endswith("<|assistant|>[[clock\n{}<|observation|>]]")
     else:
         with pytest.raises(ConversationError, match="no place for tool calls"):
             read(chat_template(name), messages)
+
+
+def test_glm_learns_to_stop_where_each_answer_has_a_row():
+    """GLM-4.5 takes the thoughts of an answer out once the user asks on."""
+    thought = [
+        {**one, "content": f"<think>Hm.</think>{one['content']}"} if n % 2 else one for n, one in enumerate(TWO_TURNS)
+    ]
+    way, (first, second) = read(of_trl("glm4moe"), thought)
+    assert way == "rows" and first.endswith("<think>Hm.</think>\nIn China.<|user|>]]")
+    assert "<think></think>\nIn China.<|user|>" in second and second.endswith("In Italy, of course.<|user|>]]")
 
 
 @pytest.mark.parametrize("name", [name for name in CHAT_TEMPLATES if not CHAT_TEMPLATES[name].ends])

@@ -73,6 +73,9 @@ def test_sharegpt(path):
         ("system", "Be brief."), ("user", "Where?"), ("assistant", "Here."), ("user", "And?"), ("assistant", "There.")
     )
     assert found == Conversation(expected, None, "sharegpt")
+    assert read(
+        path, {"conversations": [{"from": "gpt", "value": "Late."}, *record["conversations"]], "system": "Be brief."}
+    ) == [found._replace(begins_late=True)]
     call = {"from": "function_call", "value": '{"name": "clock", "arguments": {"zone": "Rome"}}'}
     record = {"conversations": [{"from": "human", "value": "Time?"}, call, {"from": "observation", "value": "ten"}]}
     (found,) = read(path, record | {"tools": '[{"name": "clock"}]'})

@@ -83,6 +83,14 @@ def test_conversations_by_the_tokenizers_template_or_a_named_one(tmp_path):
     assert shown(tokenizer, found).endswith("assistant\n[[In Italy, of course.<|im_end|>]]\n")
 
 
+def test_answers_that_nothing_asks_for_are_told_of(tmp_path):
+    turns = [{"from": "gpt", "value": "Late."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    encoder = ExampleEncoder(chat_tokenizer(), True, template="vicuna")
+    (found,) = encode(encoder, examples(tmp_path, {"conversations": turns}))
+    assert shown(encoder.tokenizer, found).endswith("questions. USER: Hi ASSISTANT:[[ Ho</s>]]")
+    assert encoder.report()[-1] == "1 of them began with an answer, which is left out: nothing asks for it"
+
+
 def test_alpaca_has_its_own_template_where_the_tokenizer_has_none(tmp_path):
     tokenizer = chat_tokenizer()
     record = {"instruction": "Sort these.", "input": "b, a", "output": '"a, b"'}
