@@ -7,6 +7,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from minillm.cli.console import say
@@ -163,6 +164,26 @@ def say_of_data(kinds: Counter, objective: str, encoder: ExampleEncoder) -> None
     if encoder.chat is not None and encoder.tokenizer.chat_template is None:
         encoder.tokenizer.chat_template = encoder.template
         say(f"the tokenizer had no chat template; it gets {encoder.template_name}, by which the model is to be asked")
+    elif encoder.chat is not None and encoder.template is not None and not asks_alike(encoder):
+        say(
+            f"the tokenizer keeps its chat template, which writes prompts otherwise than {encoder.template_name}, by "
+            "which the model learned: put that into the chat_template.jinja of the model to ask it so"
+        )
+
+
+def asks_alike(encoder: ExampleEncoder) -> bool:
+    """Whether the tokenizer's chat template writes a prompt as the one that was given for training does."""
+    options = {"tokenize": False, "add_generation_prompt": True}
+    asked = [{"role": "user", "content": "?"}]
+    try:
+        prompts = [
+            encoder.tokenizer.apply_chat_template(asked, chat_template=template, **options)
+            for template in (encoder.template, None)
+        ]
+    except (TemplateError, ValueError):
+        # One of them wants more than a question.
+        return False
+    return prompts[0] == prompts[1]
 
 
 def say_of_turns(samples: Iterable[dict[str, list[int]]]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from chat_cases import TWO_TURNS, chat_tokenizer, shown
+from chat_cases import TEMPLATES_OF_TRL, TWO_TURNS, chat_tokenizer, shown
 from cli_cases import fail, python_source, save_small_model, small_tokenizer, succeed, tree
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -100,6 +100,17 @@ def test_a_conversation_is_held_out_with_all_its_rows(tmp_path, told):
         "the tokenizer had no chat template; it gets baichuan2, by which the model is to be asked",
     ]
     assert tokenizer.chat_template == chat_template("baichuan2")
+
+
+@pytest.mark.parametrize("theirs", ["qwen3_training", "llama3"])
+def test_a_template_that_asks_otherwise_is_told_of(theirs, tmp_path, told):
+    tokenizer = chat_tokenizer((TEMPLATES_OF_TRL / "qwen3.jinja").read_text("utf-8"))
+    before = tokenizer.chat_template
+    data = write(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}] * 2)
+    read_samples(options(data, training_template=TEMPLATES_OF_TRL / f"{theirs}.jinja"), "sft", tokenizer)
+    said = [line for line in told if "keeps its chat template" in line]
+    # A variant for training differs in how it marks answers alone.
+    assert len(said) == (theirs == "llama3") and tokenizer.chat_template == before
 
 
 def test_the_ends_of_turns_are_those_of_the_generation_config(tmp_path, told):
