@@ -143,6 +143,33 @@ def map_strings(value: Any, change: Callable[[Any, str], str], key: Any = None) 
     return value
 
 
+def hide_in(tokenizer: PreTrainedTokenizerFast, inputs: Any) -> tuple[LiteralReading, Any]:
+    """How to read messages, documents or tools in which special tokens are text, and these with the tokens hidden.
+
+    Raises:
+        TypeError: no fast tokenizer.
+    """
+    strings: defaultdict[Any, list[str]] = defaultdict(list)
+    map_strings(inputs, lambda key, text: strings[key].append(text) or text)
+    # Joined, since a template may join the parts of a content, and with them the parts of a token's string.
+    joined = {key: "".join(parts) for key, parts in strings.items()}
+    reading = read_literally(tokenizer, "\n".join(joined.values()))
+    if reading.tokenizer is tokenizer:
+        return reading, inputs
+    streams = {key: io.StringIO(reading.hide(text)) for key, text in joined.items()}
+    return reading, map_strings(inputs, lambda key, text: streams[key].read(len(text)))
+
+
+def require_literal(reading: LiteralReading, plain: Any, hidden: Any) -> None:
+    """ValueError if a template rendered inputs otherwise when special tokens in them were hidden."""
+    if plain != map_strings(hidden, lambda _, text: reading.reveal(text)):
+        raise ValueError(
+            f"the chat template treats the special tokens {list(reading.hidden)} inside a message in a way of its own "
+            "(it looks for them, or escapes the message), so they cannot be encoded as text: take them out of the "
+            "message, or pass special_tokens_in_content=True to have them read as control tokens"
+        )
+
+
 def apply_template_literally(
     tokenizer: PreTrainedTokenizerFast,
     conversation: Any,
@@ -175,24 +202,13 @@ def apply_template_literally(
     inputs: tuple[Any, ...] = (conversation, tools, documents)
     if special_tokens_in_content or not tokenize:
         return stock(tokenizer, *inputs, tokenize=tokenize, tokenizer_kwargs=encoding, **options)
-    strings: defaultdict[Any, list[str]] = defaultdict(list)
-    map_strings(inputs, lambda key, text: strings[key].append(text) or text)
-    # Joined, since a template may join the parts of a content, and with them the parts of a token's string.
-    joined = {key: "".join(parts) for key, parts in strings.items()}
-    reading = read_literally(tokenizer, "\n".join(joined.values()))
+    reading, hidden = hide_in(tokenizer, inputs)
     if reading.tokenizer is tokenizer:
         return stock(tokenizer, *inputs, tokenizer_kwargs=encoding, **options)
-    streams = {key: io.StringIO(reading.hide(text)) for key, text in joined.items()}
-    hidden = map_strings(inputs, lambda key, text: streams[key].read(len(text)))
     plain = {name: value for name, value in options.items() if name not in TOKENS_ONLY}
     rendered = [
         stock(one, *content, tokenize=False, **plain)
         for one, content in ((tokenizer, inputs), (reading.tokenizer, hidden))
     ]
-    if rendered[0] != map_strings(rendered[1], lambda _, text: reading.reveal(text)):
-        raise ValueError(
-            f"the chat template treats the special tokens {list(reading.hidden)} inside a message in a way of its own "
-            "(it looks for them, or escapes the message), so they cannot be encoded as text: take them out of the "
-            "message, or pass special_tokens_in_content=True to have them read as control tokens"
-        )
+    require_literal(reading, *rendered)
     return stock(reading.tokenizer, *hidden, tokenizer_kwargs=encoding, **options)

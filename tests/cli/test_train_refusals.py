@@ -93,8 +93,11 @@ def test_a_missing_or_binary_file_of_options_is_named(models, tmp_path):
     ("line", "words"),
     [
         ("{", "line 3 is no JSON"),
-        ("7", "line 3 holds 7; needed: prompt and completion, or messages"),
-        ('{"text": "a"}', "line 3 has the keys ['text']; needed: prompt and completion, or messages"),
+        ("7", "line 3 holds 7; needed: an object with named fields"),
+        (
+            '{"question": "a"}',
+            "line 3 has the keys ['question']; needed: text; or prompt and completion; or instruction",
+        ),
         ('{"prompt": "a", "completion": 3}', "line 3: completion must be a string, not 3"),
         ('{"messages": "a"}', "line 3 holds no messages that can be read"),
         ('{"messages": [{"role": "wizard", "content": "a"}]}', "unknown role 'wizard'"),
@@ -116,10 +119,10 @@ def test_data_that_cannot_be_used_is_named(models, tmp_path):
         return told
 
     assert "nowhere does not exist" in refused(tmp_path / "nowhere")
-    assert "nowhere is no file" in refused(tmp_path / "nowhere", "--objective", "sft")
+    assert "nowhere does not exist" in refused(tmp_path / "nowhere", "--objective", "sft")
     (tmp_path / "folder").mkdir()
     assert "holds no text" in refused(tmp_path / "folder")
-    assert "folder is no file" in refused(tmp_path / "folder", "--objective", "sft")
+    assert "folder holds no text" in refused(tmp_path / "folder", "--objective", "sft")
     (tmp_path / "binary").write_bytes(b"\xff\x00")
     assert "binary is not UTF-8 text" in refused(tmp_path / "binary", "--objective", "sft")
     (tmp_path / "short.txt").write_text("a few words", "utf-8")
