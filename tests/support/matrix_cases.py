@@ -67,7 +67,7 @@ def attention_cases(attention_types=("causal", "prefix", "bidirectional")):
 
 
 def windows_mostly_slow(cases):
-    """The cases for `parametrize`: by default a window runs with one way of sharing heads, and is slow with the others."""
+    """The cases for `parametrize`: by default a window runs with grouped keys only, the others are slow."""
     slow = ("-mha-window3", "-mqa-window3")
     return [pytest.param(case, marks=[pytest.mark.slow] * case.endswith(slow)) for case in cases]
 
