@@ -173,7 +173,7 @@ def say_of_data(kinds: Counter, objective: str, encoder: ExampleEncoder) -> None
 
 def asks_alike(encoder: ExampleEncoder) -> bool:
     """Whether the tokenizer's chat template writes a prompt as the one that was given for training does."""
-    options = {"tokenize": False, "add_generation_prompt": True}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     asked = [{"role": "user", "content": "?"}]
     try:
         prompts = [

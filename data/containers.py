@@ -115,7 +115,7 @@ def _container(path: Path) -> tuple[Callable[..., Iterator[Record]] | None, str]
 def _file(path: Path, name: str, encoding: str) -> Iterator[Record]:
     reader, packed = _container(path)
     try:
-        if reader in (_parquet, _arrow_file):
+        if reader is not None and reader in (_parquet, _arrow_file):
             if packed:
                 raise CorpusError(f"{path}: files of Arrow and Parquet compress themselves; unpack it first")
             yield from reader(path, name)
@@ -381,7 +381,7 @@ def _open_zstd(path: Path, mode: str) -> IO[bytes]:
     return io.BufferedReader(library("zstandard").open(path, mode))
 
 
-OPENERS: dict[str, Callable[..., IO[bytes]]] = {
+OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from minillm.data.containers import CorpusError
@@ -107,7 +107,8 @@ class Rendering:
         except REFUSALS as error:
             raise self._refused(error) from error
         joined: list[tuple[int, int]] = []
-        for start, stop in spans[0]:
+        found: Any = spans[0]
+        for start, stop in found:
             if joined and joined[-1][1] == start:
                 joined[-1] = (joined[-1][0], stop)
             elif start < stop:
@@ -121,9 +122,10 @@ class Rendering:
 
     def _render(self, messages: Sequence[dict[str, Any]], tools: Any, **options: Any) -> str:
         try:
-            return PreTrainedTokenizerFast.apply_chat_template(
-                self.tokenizer, messages, tools, chat_template=self.template, tokenize=False, **options
+            rendered = PreTrainedTokenizerFast.apply_chat_template(
+                self.tokenizer, list(messages), tools, chat_template=self.template, tokenize=False, **options
             )
+            return str(rendered)
         except REFUSALS as error:
             raise self._refused(error) from error
 
@@ -162,7 +164,7 @@ class ChatEncoder:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerBase,
         template: str | None = None,
         *,
         end_token_ids: Sequence[int] | None = None,
@@ -180,7 +182,8 @@ class ChatEncoder:
                 "the tokenizer has no chat template, so conversations need one by name (`template`, "
                 "--training-template): a Jinja file, or that of a family such as chatml or llama-2"
             )
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        eos: Any = tokenizer.eos_token_id
+        own: list[int] = [] if eos is None else [eos]
         ends = own if end_token_ids is None else list(end_token_ids)
         if not ends:
             raise ConversationError(
@@ -237,7 +240,7 @@ class ChatEncoder:
         """
         drawn = self._rendering(messages, tools)
         ids = self._backend(drawn).encode(drawn.text(), add_special_tokens=False).ids
-        while ids and not self.tokenizer.decode(ids[-1:]).strip() and ids[-1] not in self.ends | self.special:
+        while ids and not str(self.tokenizer.decode(ids[-1:])).strip() and ids[-1] not in self.ends | self.special:
             ids.pop()
         if not ids:
             raise ConversationError(f"{self.name} writes nothing of this conversation")
@@ -379,7 +382,7 @@ class ChatEncoder:
             place = next((place for place in range(tail, last) if ids[place] in known), None)
             if place is not None:
                 if known is self.special:
-                    self.other_ends[self.tokenizer.convert_ids_to_tokens(ids[place])] += 1
+                    self.other_ends[str(self.tokenizer.convert_ids_to_tokens(ids[place]))] += 1
                 return (last if keep else place + 1), True
             if last < len(ids) and ids[last] in self.ends:
                 return last + 1, True

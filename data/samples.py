@@ -101,7 +101,9 @@ class ExampleEncoder:
         self.chat: ChatEncoder | None = None
         self.begin_late = 0
         ends = tokenizer.eos_token_id if add_end else None
-        self.begin, self.end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, ends))
+        begin: Any = tokenizer.bos_token_id
+        self.begin: list[int] = [] if begin is None else [begin]
+        self.end: list[int] = [] if ends is None else [ends]
         self.prompt_begin = begin_ids(tokenizer)
 
     def report(self) -> list[str]:
@@ -172,8 +174,9 @@ class ExampleEncoder:
         if not texts:
             return []
         # `verbose=False`: documents longer than the model are cut by the collators.
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return self.tokenizer(texts, split_special_tokens=not self.special_tokens_in_text, **options)["input_ids"]
+        options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        encoded: Any = self.tokenizer(texts, split_special_tokens=not self.special_tokens_in_text, **options)
+        return encoded["input_ids"]
 
     def _conversation(self, content: Conversation, place: str) -> list[dict[str, Any]]:
         try:
