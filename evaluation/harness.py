@@ -35,9 +35,9 @@ class MiniLLMHarness(HFLM):
 
     Args:
         pretrained: a model, or its folder or repository.
-        options: of `HFLM`: `tokenizer`, `batch_size`, `max_length`, `device`, `dtype`, ... The log probabilities of
-            one context are not kept for another request (`logits_cache=False`): the harness recognises a context
-            by context and continuation together, which a prefix is not.
+        options: of `HFLM`: `tokenizer`, `batch_size`, `max_length`, `device`, `dtype`, ... With a prefix
+            `logits_cache` is off: the harness would take the log probabilities of one request for another whose
+            tokens are the same but for the last, wherever the prefix of either ends.
 
     Raises:
         ValueError: a batch size of "auto" with a prefix model, or `logits_cache=True`.
