@@ -2,16 +2,16 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from minillm.cli.console import console, errors, say
+from minillm.cli.console import errors, one_line, say
+from minillm.cli.evaluation_tables import show
 from minillm.cli.loading import (
     adapter_config,
     best_device,
@@ -82,6 +82,10 @@ class Asked:
 class Prepared:
     """What is to be scored, encoded for one model."""
 
+    name: str
+    model: Any
+    tokenizer: Any
+    bars: "Bars"
     texts: PreparedTexts | None
     items: PreparedItems | None
 
@@ -106,11 +110,10 @@ def run(options: Options) -> None:
     with contextlib.ExitStack() as stack:
         # Claimed first: hours of work are not lost to a folder that cannot be written.
         folder = None if options.out is None else stack.enter_context(new_folder(options.out))
-        progress = stack.enter_context(shown_progress())
         # All models are loaded, and everything is encoded for them, before the first forward of any.
         loaded = [load(name, options, number == 0) for number, name in enumerate(names)]
-        prepared = [prepare(model, tokenizer, asked, options, progress) for model, tokenizer in loaded]
-        judged = [judge(*pair, each, asked, options, progress) for pair, each in zip(loaded, prepared, strict=True)]
+        prepared = [prepare(name, *pair, asked, options) for name, pair in zip(names, loaded, strict=True)]
+        judged = [judge(each, asked, options) for each in prepared]
         figures = summarize(judged, options)
         if folder is not None:
             write(folder, figures, judged, asked)
@@ -219,62 +222,95 @@ def put_on(model: Any, adapter: str) -> None:
     require_all_weights(adapter, found.to_dict(), "an adapter for this model")
 
 
-def prepare(model: Any, tokenizer: Any, asked: Asked, options: Options, progress: Any) -> Prepared:
+def prepare(name: str, model: Any, tokenizer: Any, asked: Asked, options: Options) -> Prepared:
     """Texts and items for one model; what it cannot take is refused here."""
-    texts, items = None, None
+    bars, texts, items = Bars(), None, None
+    length, batch_size = options.max_length, options.batch_size
     if asked.documents:
         glm = fills_blanks(model) if options.glm is None else options.glm
-        texts = prepare_documents(model, tokenizer, asked.documents, options.max_length, options.special_tokens, glm)
+        texts = prepare_documents(model, tokenizer, asked.documents, length, options.special_tokens, glm)
     if asked.items:
-        items = prepare_items(
-            model, tokenizer, asked.items, asked.settings, options.max_length, options.batch_size, progress
-        )
-    return Prepared(texts, items)
+        items = prepare_items(model, tokenizer, asked.items, asked.settings, length, batch_size, bars)
+    return Prepared(name, model, tokenizer, bars, texts, items)
 
 
-def judge(model: Any, tokenizer: Any, prepared: Prepared, asked: Asked, options: Options, progress: Any) -> Judged:
-    """Everything that is asked, of one model, which is on its device for so long."""
-    model.to(best_device() if options.device is None else torch.device(options.device))
-    losses = None if prepared.texts is None else prepared.texts.run(options.batch_size, progress)
-    scores = None if prepared.items is None else prepared.items.run()
-    harness = run_tasks(model, tokenizer, asked, options) if asked.tasks else None
-    model.to("cpu")
+def judge(prepared: Prepared, asked: Asked, options: Options) -> Judged:
+    """Everything that is asked, of one model."""
+    losses, scores, harness = None, None, None
+    with on_device(prepared.model, options.device, stays=options.compare is None):
+        with prepared.bars.shown(prepared.name):
+            if prepared.texts is not None:
+                losses = prepared.texts.run(options.batch_size, prepared.bars)
+            if prepared.items is not None:
+                scores = prepared.items.run()
+        if asked.tasks:
+            harness = run_tasks(prepared.model, prepared.tokenizer, asked, options)
     return Judged(losses, scores, harness)
+
+
+@contextlib.contextmanager
+def on_device(model: Any, device: str | None, stays: bool) -> Iterator[None]:
+    """A model on its device; unless it stays, its memory there is free afterwards."""
+    wanted = best_device() if device is None else torch.device(device)
+    if model.device.type != wanted.type or wanted.index not in (None, model.device.index):
+        model.to(wanted)
+    yield
+    if not stays:
+        model.to("cpu")
 
 
 def run_tasks(model: Any, tokenizer: Any, asked: Asked, options: Options) -> dict[str, Any]:
     from minillm.evaluation.harness import run_harness
 
-    return run_harness(
-        model,
-        tokenizer,
-        asked.tasks,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        task_manager=asked.task_manager,
-        num_fewshot=options.shots or None,
-        limit=options.limit,
-        apply_chat_template=options.chat_template,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
-    )
+    with harness_errors():
+        return run_harness(
+            model,
+            tokenizer,
+            asked.tasks,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            task_manager=asked.task_manager,
+            num_fewshot=options.shots or None,
+            limit=options.limit,
+            apply_chat_template=options.chat_template,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+        )
 
 
 @contextlib.contextmanager
-def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal, with the time that is left; nothing where the output is read by a program."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
-        bar_of: dict[str, Any] = {}
+def harness_errors() -> Iterator[None]:
+    """The errors of tasks, which their files make of all kinds, in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"lm-evaluation-harness: {type(error).__name__}: {one_line(error)}") from error
 
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in bar_of:
-                bar_of[what] = bars.add_task(what, total=total)
-            bars.update(bar_of[what], completed=done)
 
-        yield progress
+class Bars:
+    """Called with what is done: bars on a terminal while `shown`, with the time that is left; else nothing."""
+
+    def __init__(self) -> None:
+        self.bars: Progress | None = None
+        self.bar_of: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.bars is None:
+            return
+        if what not in self.bar_of:
+            self.bar_of[what] = self.bars.add_task(what, total=total)
+        self.bars.update(self.bar_of[what], completed=done)
+
+    @contextlib.contextmanager
+    def shown(self, name: str) -> Iterator[None]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as self.bars:
+            if errors.is_terminal:
+                errors.print(f"evaluating {name}", markup=False, highlight=False)
+            yield
+        self.bars, self.bar_of = None, {}
 
 
 def summarize(judged: Sequence[Judged], options: Options) -> dict[str, Any]:
@@ -326,91 +362,3 @@ def write(folder: Path, figures: dict[str, Any], judged: Sequence[Judged], asked
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
     write_atomically(path, "".join(lines))
-
-
-def show(figures: dict[str, Any], names: Sequence[str]) -> None:
-    """The tables on the terminal."""
-    models, compared = figures["models"], figures.get("compared", {})
-    if models[0]["data"] is not None:
-        console.print(data_table([model["data"] for model in models], compared.get("data"), names))
-    if models[0]["items"] is not None:
-        for name, model in zip(names, models, strict=True):
-            console.print(items_table(model["items"], name))
-            say_of_items(name, model["items"])
-        if compared:
-            console.print(difference_table(compared["items"], names))
-    if models[0]["tasks"] is not None:
-        console.print(tasks_table([model["tasks"] for model in models], names))
-
-
-def data_table(models: Sequence[Mapping[str, Any]], compared: Mapping[str, Any] | None, names: Sequence[str]) -> Table:
-    table = Table("", *names, *(["difference"] if compared else []), title="text")
-    change = [interval(compared["bits_per_byte"], "+.4f")] if compared else []
-    table.add_row("bits per byte", *(interval(model["bits_per_byte"], ".4f") for model in models), *change)
-    table.add_row("perplexity", *(interval(model["perplexity"], ".2f") for model in models))
-    for row in ("documents", "bytes", "tokens"):
-        table.add_row(row, *(f"{model[f'num_{row}']:,}" for model in models))
-    return table
-
-
-def items_table(figures: Mapping[str, Any], name: str) -> Table:
-    columns = ("chance", "macro", "items", "ties", "unparsed")
-    table = Table("way", "accuracy", *columns, title=f"{name}: items")
-    for way, own in figures["ways"].items():
-        shares = [optional(own[column]) for column in columns[:2]]
-        table.add_row(way, interval(own["accuracy"], ".3f"), *shares, *(str(own[column]) for column in columns[2:]))
-    return table
-
-
-def difference_table(compared: Mapping[str, Any], names: Sequence[str]) -> Table:
-    table = Table("way", "difference", "gained", "lost", title=f"{names[0]} less {names[1]}: accuracy")
-    for way, own in compared["ways"].items():
-        table.add_row(way, interval(own["difference"], "+.3f"), str(own["gained"]), str(own["lost"]))
-    return table
-
-
-def say_of_items(name: str, figures: Mapping[str, Any]) -> None:
-    """Beside accuracies: gold bits per byte, position bias, and how far the ways agree."""
-    if "gold_bits_per_byte" in figures:
-        say(f"{name}: bits per byte of the right options {interval(figures['gold_bits_per_byte'], '.3f')}")
-    if "letters" in figures:
-        shares = ", ".join(f"{letter} {share:.2f}" for letter, share in figures["letters"]["position_share"].items())
-        say(f"{name}: letters chosen, of {figures['letters']['orders']} orders: {shares}")
-    pairs = figures["agreement"]
-    ways = [way for way in figures["ways"] if any(way in pair.split(" / ") for pair in pairs)]
-    if not pairs:
-        return
-    title = f"{name}: same choice, as a share of items (above) and as Cohen's kappa (below)"
-    table = Table("", *map(str, range(1, len(ways) + 1)), title=title)
-    for row, one in enumerate(ways):
-        cells = []
-        for column, other in enumerate(ways):
-            found = pairs.get(f"{one} / {other}") or pairs.get(f"{other} / {one}") or {}
-            cells.append(optional(found.get("share" if column > row else "kappa"), ".2f"))
-        table.add_row(f"{row + 1} {one}", *cells)
-    console.print(table)
-
-
-def tasks_table(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
-    table = Table("task", "metric", *names, title="lm-evaluation-harness")
-    for task, metrics in models[0].items():
-        for metric, value in metrics.items():
-            if isinstance(value, float) and "_stderr," not in metric:
-                table.add_row(
-                    task, metric.removesuffix(",none"), *(with_error(model[task], metric) for model in models)
-                )
-    return table
-
-
-def with_error(metrics: Mapping[str, Any], metric: str) -> str:
-    name, _, kind = metric.partition(",")
-    error = metrics.get(f"{name}_stderr,{kind}")
-    return f"{metrics[metric]:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
-
-
-def interval(figures: Mapping[str, float], form: str) -> str:
-    return f"{figures['value']:{form}} [{figures['low']:{form}}, {figures['high']:{form}}]"
-
-
-def optional(value: float | None, form: str = ".3f") -> str:
-    return "" if value is None else f"{value:{form}}"

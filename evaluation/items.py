@@ -163,6 +163,11 @@ class Prompter:
         self.reading = LiteralReading(tokenizer, (), {})
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             self.reading = read_literally(tokenizer, "\n".join(texts))
+        elif special := [token for token in tokenizer.all_special_tokens if any(token in text for text in texts)]:
+            raise ValueError(
+                f"an item holds {special[0]!r}, which {type(tokenizer).__name__}, no fast tokenizer, would read as a "
+                "special token: take it out, or use a tokenizer with a tokenizer.json"
+            )
         self.tokenizer = self.reading.tokenizer
         self.shots = [self.draw_shots(index, pool) for index in range(len(items))] if settings.shots else None
 

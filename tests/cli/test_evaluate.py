@@ -169,8 +169,9 @@ def test_weights_are_read_in_the_type_that_is_asked_for(folder, monkeypatch):
 
 def test_a_terminal_shows_how_far_it_is(folder, monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(evaluation_run, "errors", Console(file=shown, force_terminal=True, width=100))
+    monkeypatch.setattr(evaluation_run, "errors", Console(file=shown, force_terminal=True, width=200))
     told = succeed("evaluate", folder / "causal", "--data", folder / "texts", "--items", folder / "items.jsonl")
+    assert f"evaluating {folder / 'causal'}" in shown.getvalue()
     for what in ("windows", "options", "letters", "answers"):
         assert what in shown.getvalue() and f"{what} ━" not in told
 

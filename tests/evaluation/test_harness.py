@@ -14,6 +14,7 @@ import pytest
 from cli_cases import fail, invoke, save_small_model, small_model, small_tokenizer
 from docs_cases import assert_shown, code_of
 from evaluation_cases import documents, evaluated_model, item_records, items, naive_log_likelihood
+from transformers import AutoModelForCausalLM
 
 from minillm.evaluation.bits_per_byte import document_losses, summarize_losses
 from minillm.evaluation.encoding import encode_pairs
@@ -185,10 +186,13 @@ def test_generated_answers_are_the_harness_s(variant, tmp_path):
         (["<|startoftext|>the reader", "", ""], [" of", "<|startoftext|>x", "北京"]),
     ],
 )
-def test_pairs_are_encoded_as_by_the_harness(contexts, continuations, monkeypatch):
+@pytest.mark.parametrize("adds", [False, True], ids=["bare", "adds_bos"])
+def test_pairs_are_encoded_as_by_the_harness(adds, contexts, continuations, monkeypatch):
     from lm_eval.api.instance import Instance
 
     tokenizer = small_tokenizer()
+    tokenizer.add_bos_token = adds
+    assert adds == (tokenizer.bos_token_id in tokenizer("a")["input_ids"])
     harness = stock(small_model(tokenizer), tokenizer)
     seen = []
     monkeypatch.setattr(harness, "_loglikelihood_tokens", lambda requests, **_: seen.extend(requests))
@@ -261,8 +265,6 @@ def test_the_command_runs_tasks_of_a_folder(tmp_path):
     assert result.exit_code == 0, (result.output, result.exception)
     assert "acc_norm" in result.stdout and "exact_match" in result.stdout
     figures = json.loads((out / "results.json").read_text("utf-8"))
-    from transformers import AutoModelForCausalLM
-
     for name, model, prefix in ((folder, 0, ""), (other, 1, "base-")):
         loaded = AutoModelForCausalLM.from_pretrained(name)
         options = {"num_fewshot": 1, "limit": 4, "random_seed": 0, "numpy_random_seed": 0, "fewshot_random_seed": 0}
@@ -270,16 +272,24 @@ def test_the_command_runs_tasks_of_a_folder(tmp_path):
         assert figures["models"][model]["tasks"]["choices"]["acc,none"] == told["results"]["choices"]["acc,none"]
         lines = (out / f"{prefix}task-choices.jsonl").read_text("utf-8").splitlines()
         assert len(lines) == 4
+    (tmp_path / "tasks" / "choices.jsonl").write_text("{}\n", "utf-8")
+    result = invoke("evaluate", folder, "--tasks", "choices", "--task-folder", tmp_path / "tasks")
+    # The harness shows bars of its own before it.
+    assert result.exit_code == 1 and "error: lm-evaluation-harness: " in result.stderr.splitlines()[-1]
     assert "no task nonsense in lm-evaluation-harness" in fail("evaluate", folder, "--tasks", "nonsense")
     assert "task folder" in fail("evaluate", folder, "--tasks", "choices", "--task-folder", tmp_path / "none")
 
 
-def test_the_class_is_known_to_the_harness_s_own_command_line():
-    from lm_eval.api.registry import get_model
+def test_the_class_is_known_to_the_harness_by_its_name(tmp_path):
+    folder = save_small_model(tmp_path / "model", "prefix", max_position_embeddings=400)
+    records = [record | {"prompt": record["question"]} for record in item_records(count=4)]
+    write_task(tmp_path / "tasks", CHOICE, records)
+    import minillm.evaluation.harness  # noqa: F401
 
-    from minillm.evaluation.harness import MiniLLMHarness
-
-    assert get_model("minillm") is MiniLLMHarness
+    named = run("minillm", tmp_path / "tasks", "choices", model_args=f"pretrained={folder}", device="cpu")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), small_tokenizer()
+    given = run(ours(model, tokenizer), tmp_path / "tasks", "choices")
+    assert named["results"] == given["results"]
 
 
 def test_the_code_of_the_page_runs(tmp_path):

@@ -141,3 +141,15 @@ def test_strings_of_special_tokens_in_items_are_text(template):
     assert "What is <|endoftext|>?" in written and written.endswith("[MASK]")
     assert not {tokenizer.eos_token_id, tokenizer.mask_token_id} & set(ids)
     assert template == (tokenizer.convert_tokens_to_ids("<|assistant|>") in ids)
+
+
+def test_a_slow_tokenizer_would_read_them_and_is_refused():
+    class Slow:
+        chat_template, all_special_tokens = None, ["<|endoftext|>"]
+
+    asked = [parse_item({**SKY, "question": "What is <|endoftext|>?"}, 1, "item")]
+    with pytest.raises(
+        ValueError, match=r"an item holds '<\|endoftext\|>', which Slow, no fast tokenizer, would read"
+    ):
+        Prompter(Slow(), asked, ItemSettings())
+    assert Prompter(Slow(), items(count=1), ItemSettings()).cloze(0).startswith("Question: ")
