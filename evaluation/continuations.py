@@ -1,5 +1,6 @@
 """What a model thinks of continuations, and what it writes itself: the same for causal, prefix and GLM models."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -154,7 +155,7 @@ class Reader:
                 texts, fills = [self.with_blank(each.prompt) for each in part], [[each.text.strip()] for each in part]
                 found = self.model.score_fills(texts, fills, self.tokenizer, include_end=True)[:, 0].tolist()
                 for each, score in zip(part, found, strict=True):
-                    if not torch.isfinite(torch.tensor(score)):
+                    if not math.isfinite(score):
                         raise ValueError(f"the model's loss is {-score} in item {each.number}")
                 scores += found
                 self.tell(what, len(scores), len(asked))

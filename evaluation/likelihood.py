@@ -1,6 +1,8 @@
 """Log likelihoods of tokens after a context, in rows of any length, without all logits at once."""
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -99,14 +101,15 @@ def score_rows(
 ) -> list[RowScore]:
     """The log likelihood of each row's targets.
 
-    Rows of like lengths go together, padded on the right. Logits are made for scored positions only, and of few of
+    Rows of like lengths go together, padded on the right; rows of the same inputs, such as the letters of an item, are
+    one forward. Logits are made for scored positions only, and of few of
     these at a time, if the head of the model is all that stands between its hidden states and its logits (which is
     tried first); of another model, a row's logits are made at once.
 
     Args:
         model: any causal language model of transformers; it is put back into the mode that it was in.
         rows: as `pair_row` makes them.
-        batch_size: rows in one forward.
+        batch_size: rows of other inputs in one forward.
         progress: called after each batch.
         what: what rows are, for `progress`.
         name_of: what to call the row of this number in an error.
@@ -120,14 +123,16 @@ def score_rows(
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1")
     require_vocabulary(model, rows, name_of)
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].inputs["input_ids"]))
+    order = sorted(range(len(rows)), key=lambda n: (-len(rows[n].inputs["input_ids"]), *rows[n].inputs.values()))
+    groups = [list(same) for _, same in groupby(order, key=lambda number: rows[number].inputs)]
     scores: dict[int, RowScore] = {}
     with evaluating(model):
         head = find_head(model, rows[order[-1]]) if rows else None
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            for number, score in zip(chosen, score_batch(model, [rows[n] for n in chosen], head), strict=True):
-                if not torch.isfinite(torch.tensor(score.log_likelihood)):
+        for start in range(0, len(groups), batch_size):
+            chosen = groups[start : start + batch_size]
+            found = score_batch(model, [[rows[number] for number in same] for same in chosen], head)
+            for number, score in zip(chain(*chosen), found, strict=True):
+                if not math.isfinite(score.log_likelihood):
                     raise ValueError(f"the model's loss is {-score.log_likelihood} in {name_of(number)}")
                 scores[number] = score
             if progress is not None:
@@ -158,20 +163,28 @@ def find_head(model: PreTrainedModel, row: Row) -> tuple[Any, Any] | None:
     return (base, head) if torch.equal(logits, model(**inputs, use_cache=False).logits) else None
 
 
-def score_batch(model: PreTrainedModel, rows: Sequence[Row], head: tuple[Any, Any] | None) -> list[RowScore]:
-    """The scores of rows in one forward; `head` as `find_head` found it."""
-    inputs = to_tensors(rows, model.device)
+def score_batch(
+    model: PreTrainedModel, groups: Sequence[Sequence[Row]], head: tuple[Any, Any] | None
+) -> list[RowScore]:
+    """The scores of rows in one forward, in which those of a group, of the same inputs, are one; `head` as `find_head`
+    found it."""
+    inputs = to_tensors([group[0] for group in groups], model.device)
     if head is None:
         # Virtual tokens of an adapter stand before a row's own.
         states = model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
     else:
         states = head[0](**inputs, use_cache=False).last_hidden_state
+    rows = list(chain(*groups))
+    lines = [line for line, group in enumerate(groups) for row in group for _ in row.targets]
     lengths = [len(row.inputs["input_ids"]) for row in rows]
-    ends = zip(rows, lengths, strict=True)
-    columns = [column for row, length in ends for column in range(length - len(row.targets), length)]
+    columns = [
+        column
+        for row, length in zip(rows, lengths, strict=True)
+        for column in range(length - len(row.targets), length)
+    ]
     owners = torch.tensor([number for number, row in enumerate(rows) for _ in row.targets])
     targets = torch.tensor([target for row in rows for target in row.targets], device=model.device)
-    states = states[owners.to(model.device), torch.tensor(columns, device=model.device)]
+    states = states[torch.tensor(lines, device=model.device), torch.tensor(columns, device=model.device)]
     found, greedy = gather(states, targets, None if head is None else head[1])
     totals = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owners, found)
     missed = torch.zeros(len(rows), dtype=torch.long).index_add_(0, owners, (~greedy).long())

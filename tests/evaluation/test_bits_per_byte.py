@@ -104,7 +104,7 @@ def test_with_glm_a_text_is_what_fills_a_blank(variant):
 
 def test_few_logits_are_alive_at_once():
     model, tokenizer = evaluated_model(intermediate_size=48)
-    rows = [pair_row([1], list(range(3, 60))) for _ in range(8)]
+    rows = [pair_row([1], list(range(3 + number, 60 + number))) for number in range(8)]
     model.tuning.chunk_logits = {**(before := model.tuning.chunk_logits), "cpu": 5 * len(tokenizer)}
     try:
         with LargestTensor() as watched:
@@ -114,6 +114,25 @@ def test_few_logits_are_alive_at_once():
     # Attention makes more; the first row, alone, tells whether the head is plain.
     assert watched.largest <= 8 * 57 * 4 * 57 < 8 * 57 * len(tokenizer)
     assert found[0].log_likelihood == pytest.approx(naive_log_likelihood(model, [1], range(3, 60)), rel=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["causal", "prefix"])
+def test_rows_of_the_same_inputs_are_one_forward(variant):
+    model, _ = evaluated_model(variant)
+    calls = []
+    model.model.register_forward_hook(lambda module, arguments, inputs, _: calls.append(inputs), with_kwargs=True)
+    prefix = variant == "prefix"
+    contexts, ends = ([5, 6, 7], [5, 6], [5, 6, 7, 8]), (9, 10, 11)
+    pairs = [(context, [end]) for end in ends for context in contexts]
+    # The same tokens as one of these, but of another context.
+    pairs.append(([5, 6], [7, 9]))
+    rows = [pair_row(context, ids, len(context) * prefix) for context, ids in pairs]
+    found = score_rows(model, rows, batch_size=100)
+    # Twice to see what the head does.
+    assert len(calls) == 3 and calls[-1]["input_ids"].shape[0] == 3 + prefix
+    expected = [naive_log_likelihood(model, context, ids) for context, ids in pairs]
+    assert [score.log_likelihood for score in found] == pytest.approx(expected, rel=1e-9)
+    assert [score.num_tokens for score in found] == [1] * 9 + [2]
 
 
 def test_a_head_that_is_more_than_a_matrix_is_asked_itself():
