@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from cli_cases import fail, invoke, save_small_model, small_model, small_tokenizer
 from docs_cases import assert_shown, code_of
 from evaluation_cases import documents, evaluated_model, item_records, items, naive_log_likelihood
@@ -118,6 +119,21 @@ def test_bits_per_byte_are_the_harness_s(variant, length, tmp_path):
         found = {sample["doc"]["text"]: sample["resps"][0][0] for sample in told["samples"]["texts"]}
         for document, loss in zip(texts, losses, strict=True):
             assert -loss.loss == pytest.approx(found[document.text], rel=1e-6)
+
+
+def test_losses_are_the_harness_s_with_a_large_vocabulary():
+    """Sums over it round, and do so alike; weights are such that few of its tokens are likely, as in a real model."""
+    from lm_eval.api.instance import Instance
+
+    tokenizer = small_tokenizer()
+    model = small_model(tokenizer, vocab_size=150_000)
+    with torch.no_grad():
+        model.lm_head.weight[len(tokenizer) :] *= 0.1
+    text = documents()[-1]
+    (loss,) = document_losses(model, tokenizer, [text])
+    requests = [Instance("loglikelihood_rolling", {}, (text.text,), 0)]
+    (found,) = stock(model, tokenizer).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert -loss.loss == pytest.approx(found, rel=1e-6)
 
 
 @pytest.mark.parametrize("template", [False, True], ids=["plain", "template"])
