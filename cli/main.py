@@ -31,6 +31,19 @@ class SubwordKind(str, Enum):
     wordpiece = "wordpiece"
 
 
+class ItemWay(str, Enum):
+    likelihood = "likelihood"
+    letters = "letters"
+    generation = "generation"
+
+
+class Precision(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder for models, report and checkpoints")] = Path("minillm-demo"),
@@ -179,6 +192,58 @@ def chat(
 
         sampling = (max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         run(model, ChatOptions(system, chat_template, *sampling, special_tokens))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="folder or repository of a model or an adapter")],
+    data: Annotated[Path | None, typer.Option(help="text file or folder, or .jsonl with text: bits per byte")] = None,
+    items: Annotated[Path | None, typer.Option(help=".jsonl of questions: accuracy")] = None,
+    tasks: Annotated[str | None, typer.Option(help="names of lm-evaluation-harness' tasks, with commas")] = None,
+    compare: Annotated[str | None, typer.Option(help="a second model, on the same data")] = None,
+    adapter: Annotated[str | None, typer.Option(help="adapter to put on top of the first model")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for results.json and what each document and item got")
+    ] = None,
+    ways: Annotated[
+        list[ItemWay] | None, typer.Option("--way", help="items: only in this way; give it several times for several")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="items, tasks: solved ones before each")] = 0,
+    shot_file: Annotated[Path | None, typer.Option(help="items: where solved ones come from")] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="items: letters in all cyclic orders of the options")
+    ] = False,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="items, tasks: ask in the turns of the tokenizer's template")
+    ] = False,
+    glm: Annotated[
+        bool | None, typer.Option("--glm/--no-glm", help="answers fill [MASK]; left out: as the config tells")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="tasks: folder with tasks of your own")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="most tokens in a row; left out: the model's")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="items: most tokens of a generated answer; left out: 32")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows in one forward")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many documents, items, samples")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; left out: an accelerator if there is one")
+    ] = None,
+    dtype: Annotated[Precision, typer.Option(help="weights' dtype; auto: as they are stored")] = Precision.auto,
+    seed: Annotated[int, typer.Option(help="seed of intervals and of solved items")] = 0,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="data: read special tokens in texts; else they are text")
+    ] = False,
+) -> None:
+    """Judge a model: bits per byte of texts, questions scored every way, tasks of lm-evaluation-harness."""
+    given = dict(locals())
+    if tasks is not None:
+        require_extra("eval")
+    with one_line_errors():
+        from minillm.cli.evaluation_run import Options, run
+
+        given |= {"ways": tuple(way.value for way in ways or ()), "dtype": dtype.value}
+        run(Options(**given))
 
 
 @app.command()

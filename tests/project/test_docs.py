@@ -20,7 +20,7 @@ DRAWING = re.compile(r"<!-- mask: (\{[^\n]*\}) -->\n```text\n(.*?)```", re.S)
 DRAWINGS = DRAWING.findall((DOCS / "variants.md").read_text("utf-8"))
 OF_THEIR_OWN = ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks"]
 # What these need is imported by other tests already; a process of their own would double their time.
-IN_PROCESS = ["adapters", "data", "objectives", "preference_training"]
+IN_PROCESS = ["adapters", "data", "evaluation", "objectives", "preference_training"]
 PER_TOKEN = ("attention_mask", "prefix_mask", "document_ids")
 
 

@@ -151,7 +151,7 @@ def test_import_and_command_load_no_heavy_package():
     code = "import sys; import {}; from contextlib import suppress\n{}\n" + loaded
     assert in_fresh_process(code.format("minillm", "minillm.__version__; dir(minillm)")) == "[]"
     help_of = "with suppress(SystemExit):\n    minillm.cli.main.app({})"
-    for arguments in (["--help"], ["train", "--help"], ["tokenizer", "--help"]):
+    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["tokenizer", "--help"]):
         told = in_fresh_process(code.format("minillm.cli.main", help_of.format(arguments)))
         assert "Usage" in told and told.splitlines()[-1] == "[]", arguments
 
@@ -306,6 +306,7 @@ MANY_PARAMETERS = {
     "train": "a command",
     "generate": "a command",
     "chat": "a command",
+    "evaluate": "a command",
     "convert": "public: what `load` takes, and where to write",
 }
 """Functions of more than 8 parameters, and why."""
