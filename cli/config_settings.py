@@ -1,5 +1,6 @@
 """What `--set` and a config file as `--preset` say of a model's config."""
 
+import dataclasses
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,7 @@ OPEN_TO_A_MODEL = frozenset(
 def config_hints() -> dict[str, Any]:
     """The type of each field of a config that may be set."""
     hints = typing.get_type_hints(MiniLLMConfig, localns={"torch": torch})
-    return {name: hints[name] for name in MiniLLMConfig.__dataclass_fields__ if name in hints and name not in STAMPS}
+    return {field.name: hints[field.name] for field in dataclasses.fields(MiniLLMConfig) if field.name not in STAMPS}
 
 
 def read_settings(pairs: Iterable[str]) -> dict[str, Any]:

@@ -9,6 +9,9 @@ import yaml
 from minillm.cli.console import fail, one_line
 from minillm.cli.field_values import as_text
 
+PAIRS = "minillm.pairs"
+"""Where a context keeps what the file says of options that take FIELD=VALUE pairs."""
+
 
 def read_mapping(file: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file. ValueError where it holds none; OSError where it cannot be read."""
@@ -45,10 +48,22 @@ def take_file(context: typer.Context, file: Path | None) -> Path | None:
         if unknown := sorted(set(values) - set(flags)):
             raise ValueError(f"unknown options {unknown} in {file}; allowed: {sorted(flags)}")
         given = {name: value for name, value in values.items() if value is not None}
-        context.default_map = {flags[name].name: texts_of(context, flags[name], name, given[name]) for name in given}
+        texts = {name: texts_of(context, flags[name], name, given[name]) for name in given}
+        pairs = {name for name in texts if takes_pairs(flags[name])}
+        context.meta[PAIRS] = {flags[name].name: texts[name] for name in pairs}
+        context.default_map = {flags[name].name: texts[name] for name in texts if name not in pairs}
     except (ValueError, OSError) as error:
         fail(error)
     return file
+
+
+def add_pairs(context: typer.Context, parameter: typer.CallbackParam, given: list[str] | None) -> list[str] | None:
+    """FIELD=VALUE pairs of the file, and then those of the flags, which win field by field; a callback."""
+    return [*context.meta.get(PAIRS, {}).get(parameter.name, []), *(given or [])] or None
+
+
+def takes_pairs(parameter: Any) -> bool:
+    return parameter.multiple and "=" in (parameter.metavar or "")
 
 
 def texts_of(context: typer.Context, parameter: Any, name: str, value: Any) -> Any:
@@ -58,7 +73,7 @@ def texts_of(context: typer.Context, parameter: Any, name: str, value: Any) -> A
         ValueError: it is not of the option's type. YAML's own types count: `true` is no number, `"no"` no boolean.
     """
     if parameter.multiple:
-        if isinstance(value, dict) and "=" in (parameter.metavar or ""):
+        if isinstance(value, dict) and takes_pairs(parameter):
             return [f"{field}={as_text(item)}" for field, item in value.items()]
         items = value if isinstance(value, list) else [value]
         return [checked(context, parameter, name, item) for item in items]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from minillm.cli.console import one_line_errors
-from minillm.cli.options_file import take_file
+from minillm.cli.options_file import add_pairs, take_file
 
 MODEL, DATA, STEPS, RATE, ADAPTER, MACHINE, RECORD = (
     "Model",
@@ -59,7 +59,13 @@ def train(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="field of the model's config", rich_help_panel=MODEL),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="field of the model's config",
+            callback=add_pairs,
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     objective: Annotated[
         Objective | None,
@@ -131,7 +137,12 @@ def train(
     weight_decay: Annotated[float, typer.Option(min=0.0, help="decay of matrices", rich_help_panel=RATE)] = 0.1,
     trainer: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=VALUE", help="any other field of TrainingArguments", rich_help_panel=RATE),
+        typer.Option(
+            metavar="FIELD=VALUE",
+            help="any other field of TrainingArguments",
+            callback=add_pairs,
+            rich_help_panel=RATE,
+        ),
     ] = None,
     lora: Annotated[
         bool, typer.Option("--lora/--no-lora", help="train a LoRA adapter only", rich_help_panel=ADAPTER)

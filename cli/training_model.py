@@ -59,7 +59,8 @@ def adapted(model: Any, options: TrainOptions, tokenizer: Any) -> Any:
     if targets is not None and targets != "all-linear":
         targets = [name.strip() for name in targets.split(",") if name.strip()]
         named = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        if not targets or (unknown := sorted(set(targets) - named)):
+        unknown = sorted(set(targets) - named)
+        if unknown or not targets:
             known = sorted(
                 {
                     name.rpartition(".")[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
-from minillm.cli.console import say
+from minillm.cli.console import one_line, say
 from minillm.cli.loading import best_device
 from minillm.cli.processes import world_size
 from minillm.cli.progress import fastest_thread_count
@@ -122,6 +122,31 @@ def make_plan(options: TrainOptions, rows: int) -> Plan:
     )
 
 
+def require_buildable(arguments: TrainingArguments, model: Any) -> None:
+    """Builds what the Trainer would build after the work has begun: a package or a setting may be missing.
+
+    Raises:
+        ValueError: the optimizer or the schedule cannot be made.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except Exception as error:
+        raise ValueError(f"--optimizer {arguments.optim.value} cannot be made: {one_line(error)}") from error
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)]),
+            num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
+            num_training_steps=arguments.max_steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+    except Exception as error:
+        raise ValueError(
+            f"--schedule {arguments.lr_scheduler_type.value} cannot be made: {one_line(error)}; its own settings are "
+            "given as --trainer lr_scheduler_kwargs='{...}'"
+        ) from error
+
+
 def training_arguments(options: TrainOptions, plan: Plan, machine: Machine, checkpoints: Path) -> TrainingArguments:
     """What the stock Trainer is told."""
     evaluated = options.eval_steps is not None
@@ -148,4 +173,7 @@ def training_arguments(options: TrainOptions, plan: Plan, machine: Machine, chec
         "disable_tqdm": True,
         "report_to": options.report_to or "none",
     }
+    if world_size() > 1:
+        # All of them are used in each step, also those of experts; looking for others takes time.
+        told["ddp_find_unused_parameters"] = False
     return TrainingArguments(str(checkpoints), **{**told, **(options.trainer or {})})

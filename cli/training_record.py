@@ -73,9 +73,10 @@ class Record:
         self, options: Mapping[str, Any], plan: Mapping[str, Any], arguments: TrainingArguments, config: Any
     ) -> None:
         """All settings as JSON, and those of the command as a file that `--config` takes."""
+        options = json.loads(json.dumps(options, default=str))
         settings = {
             "options": options,
-            "plan": plan,
+            "run": plan,
             "trainer": arguments.to_sanitized_dict(),
             "config": config.to_dict(),
             "environment": environment(),

@@ -29,7 +29,15 @@ from minillm.cli.training_checkpoints import (
 from minillm.cli.training_data import read_samples, say_of_turns
 from minillm.cli.training_evaluation import HeldOut, count_tokens, write_samples
 from minillm.cli.training_model import adapted, fresh_config, loaded_dtype, name_tokens
-from minillm.cli.training_plan import Machine, Plan, choose_machine, choose_threads, make_plan, training_arguments
+from minillm.cli.training_plan import (
+    Machine,
+    Plan,
+    choose_machine,
+    choose_threads,
+    make_plan,
+    require_buildable,
+    training_arguments,
+)
 from minillm.cli.training_record import PICTURE, REPORT, Record, RecordCallback, record_of, require_free_record
 from minillm.cli.training_report import card_section, flops_words, report, score_words
 from minillm.cli.training_signals import StopCallback
@@ -147,8 +155,15 @@ def folders(options: TrainOptions) -> Iterator[None]:
         yield
         return
     checkpoints = checkpoints_of(options.out)
+    begun = Begun(None, mapping_in(checkpoints / NOTE))
+    kind = replacing(begun, options)
+    if begun.note.get("finished") and not kind and options.out.is_dir() and any(options.out.iterdir()):
+        raise ValueError(
+            f"{options.out} is not empty: this run is finished; more --max-steps go on from its last checkpoint, or "
+            "choose another --out"
+        )
     with (
-        claimed(options.out, **replacing(Begun(None, mapping_in(checkpoints / NOTE)), options)),
+        claimed(options.out, **kind),
         reserved(checkpoints),
         reserved(record_of(options.out)),
         full_disk_in_words(checkpoints),
@@ -172,6 +187,7 @@ def train(options: TrainOptions, checkpoints: Path) -> None:
         require_no_shorter(begun, job.plan.total_steps)
         threads = choose_threads(options, begun, machine, lambda: probe(job))
         arguments = training_arguments(options, job.plan, machine, checkpoints)
+        require_buildable(arguments, job.model)
     note = note_of(
         options,
         precision=machine.precision,
@@ -183,7 +199,8 @@ def train(options: TrainOptions, checkpoints: Path) -> None:
     if is_first():
         settle(checkpoints, begun, note)
         record = Record(record_of(options.out), begun.step)
-        record.write_settings(note, job.plan._asdict(), arguments, job.model.config)
+        plan = {**note, **job.plan._asdict()}
+        record.write_settings(dataclasses.asdict(options), plan, arguments, job.model.config)
     exchange(None)
     if begun.checkpoint is not None:
         say(f"going on from {begun.checkpoint}")
@@ -271,11 +288,18 @@ class Run:
         self.seconds = self.clock()
         if self.stop.stopped:
             self.end_early(trainer.state.global_step)
-        self.held_out.stop = None
-        score = self.held_out.score(trainer.model)
+        score = self.last_score(trainer)
         if is_first():
             self.write(trainer.model, score)
         exchange(None)
+
+    def last_score(self, trainer: LogitFreeTrainer) -> HeldOutScore:
+        """The held-out losses of the model as it is in the end, which may be known already."""
+        step, score = trainer.scored
+        if score is not None and step == trainer.state.global_step and not self.arguments.load_best_model_at_end:
+            return score
+        self.held_out.stop = None
+        return self.held_out.score(trainer.model)
 
     def clock(self) -> float:
         return time.monotonic() - self.started

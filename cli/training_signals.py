@@ -52,11 +52,21 @@ class StopCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        return self.stop_if_asked(args, state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return self.stop_if_asked(args, state, control)
+
+    def stop_if_asked(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
+        """Asks the Trainer to save and to stop; all processes agree on it."""
         if world_size() > 1:
             # They hear of it in different steps, and stop in the same.
             told = torch.tensor(self.asked, device=args.device)
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self.asked = int(told)
+            if int(told) and not self.asked:
+                self.asked, self.since = int(told), time.monotonic()
         if self.asked and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = control.should_training_stop = True

@@ -28,6 +28,7 @@ class LogitFreeTrainer(Trainer):
     skips_logits: bool | None = None
     score: Callable[[], HeldOutScore | None] | None = None
     losses: tuple[int, list[torch.Tensor]] = (-1, [])
+    scored: tuple[int, HeldOutScore | None] = (-1, None)
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.skips_logits is None:
@@ -62,6 +63,7 @@ class LogitFreeTrainer(Trainer):
                 "eval_perplexity": result.perplexity,
                 "eval_tokens": float(result.num_tokens),
             }
+            self.scored = (self.state.global_step, score)
             self.log(metrics)
             say(f"step {self.state.global_step}: perplexity {result.perplexity:.2f} held out")
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -127,13 +129,10 @@ class LongerCallback(TrainerCallback):
         scheduler, optimizer = kwargs["lr_scheduler"], kwargs["optimizer"]
         before, after = optimizer.param_groups[0]["lr"], None
         if hasattr(scheduler, "lr_lambdas"):
-            rates = [
-                base * rate(scheduler.last_epoch)
-                for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            after = rates[0]
+            # The checkpoint holds the last rate of the shorter course, which would be that of the next step.
+            scheduler.last_epoch -= 1
+            scheduler.step()
+            after = scheduler.get_last_lr()[0]
         course = (
             "goes on by its own state" if after is None else f"goes on at {after:.2e}, where it stood at {before:.2e}"
         )
