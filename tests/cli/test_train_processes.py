@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minillm"]
-ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "minillm"]
+# By --cpu it would start one process. The command finds by itself that there is no GPU.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "minillm"]
 LONGEST = 120
 
 
@@ -42,20 +43,21 @@ def finish(process):
 
 def command(small, out, batch, *more):
     fixed = ("--model", small["causal"], "--data", small["corpus"], "--out", out, "--batch-size", batch)
-    return ("train", *fixed, "--max-steps", 8, "--learning-rate", 0.01, "--eval-steps", 4, *more)
+    return ("train", *fixed, "--max-steps", 8, "--learning-rate", 0.01, *more)
 
 
 @pytest.mark.parametrize(
     ("launcher", "more"), [(TORCHRUN, ()), (ACCELERATE, ("--lora",))], ids=["torchrun", "accelerate-lora"]
 )
 def test_two_processes_train_as_one_with_the_larger_batch(launcher, more, small, tmp_path):
+    more = (*more, "--eval-steps", 4)
     process = start(launcher, *command(small, tmp_path / "two", 2, *more))
     told, errors = finish(process)
     assert process.returncode == 0, errors[-3000:]
     # One speaks, and one writes.
     assert told.count("rows to train on") == told.count("written: ") == told.count("step 8/8") == 1
     one = succeed(*command(small, tmp_path / "one", 4, *more))
-    file = "adapter_model.safetensors" if more else "model.safetensors"
+    file = "adapter_model.safetensors" if "--lora" in more else "model.safetensors"
     alone, together = (load_file(tmp_path / name / file) for name in ("one", "two"))
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, atol=2e-4, rtol=0)
@@ -68,7 +70,7 @@ def test_two_processes_train_as_one_with_the_larger_batch(launcher, more, small,
 
 def test_all_stop_together_and_go_on(small, tmp_path):
     out = tmp_path / "out"
-    arguments = command(small, out, 2, "--trainer", "logging_steps=1")[:-4]
+    arguments = command(small, out, 2, "--trainer", "logging_steps=1")
     long = [4000 if argument == 8 else argument for argument in arguments]
     process, file = start(TORCHRUN, *long), tmp_path / "out-run" / "metrics.jsonl"
     for _ in range(600):
