@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from minillm.cli.console import console, fail, one_line_errors, require_extra, say
+from minillm.cli.train_command import train
 from minillm.publishing.folders import claimed, full_disk_in_words, new_folder, reserved
 
 app = typer.Typer(
@@ -15,13 +16,6 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Make, extend and judge tokenizers.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
-
-
-class Objective(str, Enum):
-    causal = "causal"
-    prefix = "prefix"
-    glm = "glm"
-    sft = "sft"
 
 
 class SubwordKind(str, Enum):
@@ -119,34 +113,7 @@ def report_tokenizer(
         run_report(tokenizer, corpus, out, compare, rare_below)
 
 
-@app.command()
-def train(
-    out: Annotated[Path | None, typer.Option(help="folder for the model")] = None,
-    data: Annotated[Path | None, typer.Option(help="text file or folder; sft: .jsonl of prompts and answers")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of these options; flags win")] = None,
-    preset: Annotated[str | None, typer.Option(help="start from scratch with this architecture")] = None,
-    model: Annotated[str | None, typer.Option(help="or go on from this model")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="tokenizer folder; left out: the model's")] = None,
-    objective: Annotated[Objective | None, typer.Option(help="what is predicted from what")] = None,
-    lora: Annotated[bool | None, typer.Option("--lora/--no-lora", help="train a LoRA adapter only")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="training steps")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="rows per step")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="tokens per row")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="peak of the cosine schedule")] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of weights and order")] = None,
-    special_tokens: Annotated[
-        bool | None,
-        typer.Option(
-            "--special-tokens/--no-special-tokens", help="read special tokens in the data; else they are text"
-        ),
-    ] = None,
-) -> None:
-    """Train a model with the stock Trainer: pre-training, continued pre-training, answers only, LoRA."""
-    flags = {name: value for name, value in locals().items() if name != "config" and value is not None}
-    with one_line_errors(resumes=True):
-        from minillm.cli.training_run import read_options, run
-
-        run(read_options(config, flags))
+app.command()(train)
 
 
 @app.command()

@@ -21,6 +21,7 @@ TASKS = {
 }
 DEFAULT_LICENSE = "apache-2.0"
 CARD_NAME = "README.md"
+SUMMARY_HEADING = "## Training"
 # In the empty template that transformers uploads, where MiniLLM is not imported: ours says more.
 STOCK_CARD_PHRASE = "This model card has been automatically generated"
 # Where PEFT fills in the same template.
@@ -50,6 +51,24 @@ def read_card(text: str) -> ModelCard | None:
 
 def bullets(topics: Mapping[str, str]) -> str:
     return "\n".join(f"- **{topic}**: {phrase}" for topic, phrase in topics.items())
+
+
+def summary_of(model: MiniLLMPreTrainedModel) -> str:
+    """The part of a card, below an empty line, that says how a model was trained, where its trainer has left one on it
+    as `training_summary`."""
+    summary = getattr(model, "training_summary", None)
+    return f"\n{summary}" if summary else ""
+
+
+def read_summary(folder: str | Path) -> str | None:
+    """That part of the card in a folder: what stands below its heading, up to the next one."""
+    file = Path(folder) / CARD_NAME
+    if not file.is_file():
+        return None
+    found = re.search(
+        rf"^{SUMMARY_HEADING}\n.*?(?=^#|\Z)", file.read_text("utf-8", "replace"), re.MULTILINE | re.DOTALL
+    )
+    return found and found[0].rstrip() + "\n"
 
 
 def task_of(model: MiniLLMPreTrainedModel) -> tuple[str, str]:
@@ -92,7 +111,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY", trust_remote_cod
 ```
 
 With `pip install minillm-hf` and `import minillm` it loads without `trust_remote_code`.
-"""
+{summary_of(model)}"""
     )
 
 
@@ -170,7 +189,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}", trust_remote_code=True)
 ```
 
 With `pip install minillm-hf` and `import minillm` it loads without `trust_remote_code`{merged}.
-"""
+{summary_of(model)}"""
     )
 
 

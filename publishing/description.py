@@ -103,6 +103,9 @@ def describe_adapter(adapter: Mapping[str, Any]) -> dict[str, str]:
         ("virtual tokens", "num_virtual_tokens"),
     ):
         if found := adapter.get(key):
+            if isinstance(found, Mapping):
+                # Of each table.
+                found = [f"{len(rows)} of {table}" for table, rows in found.items()]
             words[topic] = str(found) if isinstance(found, (str, int)) else ", ".join(sorted(map(str, found)))
     return words
 

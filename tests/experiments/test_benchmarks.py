@@ -36,6 +36,7 @@ PICTURES = {
     "tokenizer": ["tokenizer.png"],
     "collators": ["collators.png"],
     "conversion": [],
+    "train": ["train.png"],
 }
 
 

@@ -311,11 +311,14 @@ MANY_PARAMETERS = {
 }
 """Functions of more than 8 parameters, and why."""
 
+LONG = "cli/train_command.py:train"
+"""The command with most options, of which each has a line or more."""
+
 
 def test_functions_are_short():
     rooms = [path for folder in setup_dict().values() for path in sorted((ROOT / folder).glob("*.py"))]
     functions = [function for path in rooms for function in functions_of(path, ROOT)]
     assert len(functions) > 500
-    assert [function for function in functions if function.lines > MOST_LINES] == []
+    assert [function.place for function in functions if function.lines > MOST_LINES] == [LONG]
     many = {function.place.split(":")[1] for function in functions if function.parameters > MOST_PARAMETERS}
     assert many == set(MANY_PARAMETERS)
