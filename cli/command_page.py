@@ -20,7 +20,7 @@ stands here is what `--help` says.
 
 def page() -> str:
     """The page in Markdown."""
-    command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     parts = [HEAD]
     for name, own in command.commands.items():
         parts += [section(f"minillm {name}", own)]

@@ -1,10 +1,10 @@
 """The options of `minillm train`: the one place where their names, types, ranges, defaults and meanings stand."""
 
 import inspect
-from dataclasses import make_dataclass
+from dataclasses import dataclass, make_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -210,12 +210,19 @@ def train(
         run(read_options(given))
 
 
-TrainOptions = make_dataclass(
-    "TrainOptions",
-    [
-        (name, parameter.annotation, parameter.default)
-        for name, parameter in inspect.signature(train).parameters.items()
-        if name != "config"
-    ],
-    namespace={"__doc__": "The options of `minillm train` by the names of its parameters, with their defaults."},
-)
+if TYPE_CHECKING:
+    # Checkers do not follow fields that a signature names.
+    @dataclass(init=False)
+    class TrainOptions:
+        def __init__(self, **options: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    TrainOptions = make_dataclass(
+        "TrainOptions",
+        [
+            (name, parameter.annotation, parameter.default)
+            for name, parameter in inspect.signature(train).parameters.items()
+            if name != "config"
+        ],
+        namespace={"__doc__": "The options of `minillm train` by the names of its parameters, with their defaults."},
+    )

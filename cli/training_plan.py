@@ -122,6 +122,11 @@ def make_plan(options: TrainOptions, rows: int) -> Plan:
     )
 
 
+def name_of(choice: Any) -> str:
+    """The name of a member of one of transformers' enums."""
+    return choice.value
+
+
 def require_buildable(arguments: TrainingArguments, model: Any) -> None:
     """Builds what the Trainer would build after the work has begun: a package or a setting may be missing.
 
@@ -131,19 +136,20 @@ def require_buildable(arguments: TrainingArguments, model: Any) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except Exception as error:
-        raise ValueError(f"--optimizer {arguments.optim.value} cannot be made: {one_line(error)}") from error
+        raise ValueError(f"--optimizer {name_of(arguments.optim)} cannot be made: {one_line(error)}") from error
+    own: Any = arguments.lr_scheduler_kwargs
     try:
         get_scheduler(
             arguments.lr_scheduler_type,
             torch.optim.SGD([torch.zeros(1, requires_grad=True)]),
             num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
             num_training_steps=arguments.max_steps,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=own,
         )
     except Exception as error:
         raise ValueError(
-            f"--schedule {arguments.lr_scheduler_type.value} cannot be made: {one_line(error)}; its own settings are "
-            "given as --trainer lr_scheduler_kwargs='{...}'"
+            f"--schedule {name_of(arguments.lr_scheduler_type)} cannot be made: {one_line(error)}; its own settings "
+            "are given as --trainer lr_scheduler_kwargs='{...}'"
         ) from error
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import typer
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
@@ -43,6 +43,7 @@ from minillm.cli.training_report import card_section, flops_words, report, score
 from minillm.cli.training_signals import StopCallback
 from minillm.cli.training_trainer import LogitFreeTrainer, LongerCallback, OpeningCallback, load_finished
 from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.data.samples import Samples
 from minillm.evaluation.held_out import HeldOutScore, loss_by_frequency
 from minillm.experiments.memory import peak_bytes
 from minillm.experiments.reporting import amount
@@ -80,8 +81,8 @@ class Job(NamedTuple):
     tokenizer: Any
     model: Any
     collator: DocumentCollator
-    samples: list
-    held_out_samples: list
+    samples: Samples
+    held_out_samples: Samples
     rows: Any
     held_out_rows: Any
 
@@ -266,30 +267,31 @@ class Run:
         batch_size = min(job.options.batch_size, 8)
         self.held_out = HeldOut(job.held_out_rows, job.collator, batch_size, self.line, self.stop)
         self.tokens_per_row = sum(len(row["input_ids"]) for row in job.rows) / len(job.rows)
-        self.opening = OpeningCallback(lambda: job.collator([job.rows[0]]), job.plan, job.collator.max_length)
+        self.opening = OpeningCallback(
+            lambda: job.collator([job.rows[0]]), job.plan, cast(int, job.collator.max_length)
+        )
         self.started, self.seconds = time.monotonic(), 0.0
 
     def go(self) -> None:
         """Trains, scores and writes."""
-        trainer = self.make_trainer()
+        trainer, checkpoint = self.make_trainer(), self.begun.checkpoint
         try:
             if self.begun.step < self.job.plan.total_steps:
-                checkpoint = self.begun.checkpoint
                 with self.stop.listening():
                     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            else:
-                load_finished(trainer.model, self.begun.checkpoint)
+            elif checkpoint is not None:
+                load_finished(trainer.model, checkpoint)
         finally:
             self.line.close()
         self.seconds = self.clock()
         if self.stop.stopped:
             self.end_early(trainer.state.global_step)
         score = self.last_score(trainer)
-        if is_first():
-            self.write(trainer.model, score)
+        if self.record is not None and score is not None:
+            self.write(self.record, trainer.model, score)
         exchange(None)
 
-    def last_score(self, trainer: LogitFreeTrainer) -> HeldOutScore:
+    def last_score(self, trainer: LogitFreeTrainer) -> HeldOutScore | None:
         """The held-out losses of the model as it is in the end, which may be known already."""
         step, score = trainer.scored
         if score is not None and step == trainer.state.global_step and not self.arguments.load_best_model_at_end:
@@ -301,15 +303,16 @@ class Run:
         return time.monotonic() - self.started
 
     def make_trainer(self) -> LogitFreeTrainer:
-        job, trainer = self.job, None
+        job = self.job
         tokens = job.plan.rows_per_step * self.tokens_per_row
+        made: list[LogitFreeTrainer] = []
         callbacks: list[TrainerCallback] = [SetEpochCallback(job.collator), self.stop]
         if self.begun.checkpoint is not None and self.begun.total_steps != job.plan.total_steps:
             callbacks.append(LongerCallback(self.begun, job.plan))
         if self.record is not None:
             callbacks += [
                 self.opening,
-                LineCallback(job.objective, self.line, lambda: trainer.step_loss(), tokens),
+                LineCallback(job.objective, self.line, lambda: made[0].step_loss(), tokens),
                 RecordCallback(self.record, self.clock, tokens),
             ]
         trainer = LogitFreeTrainer(
@@ -320,6 +323,7 @@ class Run:
             data_collator=job.collator,
             callbacks=callbacks,
         )
+        made.append(trainer)
         trainer.score = lambda: self.held_out.score(trainer.model)
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -335,38 +339,38 @@ class Run:
         )
         raise typer.Exit(128 + self.stop.asked)
 
-    def write(self, model: Any, score: HeldOutScore) -> None:
+    def write(self, record: Record, model: Any, score: HeldOutScore) -> None:
         """Writes the model, the record and the note that all is done."""
         options, tokenizer = self.job.options, self.job.tokenizer
         say(f"held-out {score_words(score, options.seed)}")
-        facts = self.facts(score)
+        facts = self.facts(record, score)
         base = model.get_base_model() if options.lora else model
         base.training_summary = card_section(facts)
         with new_folder(options.out, **replacing(self.begun, options)) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        self.write_report(model, score, facts)
+        self.write_report(record, model, score, facts)
         close(self.checkpoints, self.note, options.keep_checkpoint)
         kept = f" (checkpoints: {self.checkpoints})" if options.keep_checkpoint else ""
         say(f"written: {options.out}{kept}")
-        say(f"report: {self.record.folder / REPORT}")
+        say(f"report: {record.folder / REPORT}")
 
-    def write_report(self, model: Any, score: HeldOutScore, facts: dict[str, str]) -> None:
+    def write_report(self, record: Record, model: Any, score: HeldOutScore, facts: dict[str, str]) -> None:
         job = self.job
         counts = count_tokens(job.samples, model.config.vocab_size)
         samples = write_samples(model, job.tokenizer, job.held_out_samples, job.objective)
-        picture = PICTURE if self.record.draw() else None
+        picture = PICTURE if record.draw() else None
         where = f"`{self.checkpoints}`" if job.options.keep_checkpoint else "removed, as asked"
         facts = {**facts, **self.opening.facts, "peak of memory": amount(peak_bytes(job.machine.device), "B")}
         page = report({**facts, "checkpoints": where}, loss_by_frequency(score, counts), samples, picture)
-        write_atomically(self.record.folder / REPORT, page)
+        write_atomically(record.folder / REPORT, page)
 
-    def facts(self, score: HeldOutScore) -> dict[str, str]:
+    def facts(self, record: Record, score: HeldOutScore) -> dict[str, str]:
         """What the card and the report say of the run."""
         options, plan = self.job.options, self.job.plan
         tokens = round(plan.total_steps * plan.rows_per_step * self.tokens_per_row)
         start = f"from {options.preset}" if options.model is None else f"of {Path(options.model).name}"
-        seconds = self.record.seconds_before + self.seconds
+        seconds = record.seconds_before + self.seconds
         facts = {
             "training": f"{'LoRA' if options.lora else 'all weights'}, {start}, objective {self.job.objective}",
             "held-out": score_words(score, options.seed),

@@ -51,15 +51,15 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        return self.stop_if_asked(args, state, control)
+    ) -> None:
+        self.stop_if_asked(args, state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        return self.stop_if_asked(args, state, control)
+    ) -> None:
+        self.stop_if_asked(args, state, control)
 
-    def stop_if_asked(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
+    def stop_if_asked(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Asks the Trainer to save and to stop; all processes agree on it."""
         if world_size() > 1:
             # They hear of it in different steps, and stop in the same.
@@ -71,4 +71,3 @@ class StopCallback(TrainerCallback):
             self.stopped = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-        return control

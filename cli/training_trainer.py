@@ -92,7 +92,7 @@ class OpeningCallback(TrainerCallback):
         tokens = plan.rows_per_step * self.length
         cost, keys = read_cost(model.config), mean_keys(row)
         self.step_flops = tokens * cost.training_flops(keys, frozen=trained < total / 2)
-        inputs = {name: tensor.to(args.device) for name, tensor in row.items()}
+        inputs: dict[str, Any] = {name: tensor.to(args.device) for name, tensor in row.items()}
         if why_logits(model) is None:
             inputs["skip_logits"] = True
         kind = torch.bfloat16 if args.bf16 else torch.float16
