@@ -328,10 +328,10 @@ def summarize(judged: Sequence[Judged], options: Options) -> dict[str, Any]:
     if len(judged) == 2:
         model, base = judged
         compared: dict[str, Any] = {}
-        if model.losses is not None:
+        if model.losses is not None and base.losses is not None:
             difference = loss_difference(model.losses, base.losses, options.seed)
             compared["data"] = {"bits_per_byte": difference._asdict()}
-        if model.scores is not None:
+        if model.scores is not None and base.scores is not None:
             compared["items"] = compare_items(model.scores, base.scores, options.seed)
         figures["compared"] = compared
     return figures
@@ -355,8 +355,9 @@ def write(folder: Path, figures: dict[str, Any], judged: Sequence[Judged], asked
             write_lines(folder / f"{prefix}differing.jsonl", differing_items(one.scores))
         for task, samples in (one.harness or {}).get("samples", {}).items():
             write_lines(folder / f"{prefix}task-{task.replace('/', '-')}.jsonl", samples)
-    if len(judged) == 2 and judged[0].scores is not None:
-        write_lines(folder / "changed.jsonl", changed_items(judged[0].scores, judged[1].scores))
+    scores = [one.scores for one in judged if one.scores is not None]
+    if len(scores) == 2:
+        write_lines(folder / "changed.jsonl", changed_items(*scores))
 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -100,8 +100,8 @@ class ExampleEncoder:
         self.special_tokens_in_text = special_tokens_in_text
         self.chat: ChatEncoder | None = None
         self.begin_late = 0
-        ends = tokenizer.eos_token_id if add_end else None
         begin: Any = tokenizer.bos_token_id
+        ends: Any = tokenizer.eos_token_id if add_end else None
         self.begin: list[int] = [] if begin is None else [begin]
         self.end: list[int] = [] if ends is None else [ends]
         self.prompt_begin = begin_ids(tokenizer)

@@ -68,7 +68,9 @@ class Reader:
         self.blank = None
         if glm:
             self.blank = tokenizer.convert_ids_to_tokens([find_blanks(model, tokenizer).blanks[0]])[0]
-        self.model, self.tokenizer = model, tokenizer
+        # GLM's methods are those of a MiniLLM alone.
+        self.model: Any = model
+        self.tokenizer = tokenizer
         self.max_length = model_length(model, tokenizer) if max_length is None else max_length
         self.batch_size, self.progress = batch_size, progress
         if self.max_length < 1 or batch_size < 1:
@@ -78,7 +80,8 @@ class Reader:
 
     def with_blank(self, prompt: str) -> str:
         """A prompt with a blank behind it."""
-        return f"{prompt} {self.blank}" if prompt and not prompt[-1].isspace() else prompt + self.blank
+        gap = " " if prompt and not prompt[-1].isspace() else ""
+        return f"{prompt}{gap}{self.blank}"
 
     def encode(self, continuations: Sequence[Continuation]) -> list[tuple[list[int], list[int]]]:
         """Token ids of prompts and continuations.
@@ -207,6 +210,6 @@ class LineEnd(StoppingCriteria):
     def __init__(self, decode: Callable[[torch.Tensor], list[str]]) -> None:
         self.decode = decode
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        done = ["\n" in text for text in self.decode(input_ids)]
-        return torch.tensor(done, device=input_ids.device)
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        done: Any = torch.tensor(["\n" in text for text in self.decode(input_ids)], device=input_ids.device)
+        return done

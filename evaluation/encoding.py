@@ -1,13 +1,15 @@
 """Texts to token ids as lm-evaluation-harness does it, so that both score the same tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 
 def prefix_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token before a text, so that its first one can be predicted: bos, else eos. ValueError without either."""
-    found = next((name for name in (tokenizer.bos_token_id, tokenizer.eos_token_id) if name is not None), None)
+    named: tuple[Any, ...] = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    found = next((token for token in named if token is not None), None)
     if found is None:
         raise ValueError(
             "the tokenizer names neither bos_token nor eos_token, one of which stands before a text so that its first "
@@ -24,17 +26,17 @@ def encode(
     Args:
         special_tokens_in_text: read the strings of special tokens in a text as these tokens.
     """
-    begin = None
+    begin: Any = None
     if special_tokens_in_text and (tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None):
         begin = tokenizer.decode([prefix_token_id(tokenizer)]) or None
-    options = {"return_attention_mask": False, "verbose": False}
+    options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
     if not special_tokens_in_text:
         options["split_special_tokens"] = True
     found: dict[int, list[int]] = {}
     for begun in (False, True):
         numbers = [n for n, text in enumerate(texts) if (begin is not None and text.startswith(begin)) == begun]
         if numbers:
-            extra = {"add_special_tokens": False} if begun else {}
+            extra: dict[str, Any] = {"add_special_tokens": False} if begun else {}
             ids = tokenizer([texts[number] for number in numbers], **options, **extra)["input_ids"]
             found.update(zip(numbers, ids, strict=True))
     return [found[number] for number in range(len(texts))]

@@ -13,10 +13,10 @@ from huggingface_hub.utils import tqdm
 from minillm.evaluation.likelihood import pair_row, reads_prefixes, score_rows
 
 try:
-    from lm_eval import simple_evaluate
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ImportError(
         f"lm-evaluation-harness is missing or broken ({error}): pip install 'minillm-hf[eval]'"

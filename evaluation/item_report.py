@@ -7,7 +7,7 @@ from typing import Any
 
 from minillm.evaluation.bootstrap import Interval, bootstrap_interval
 from minillm.evaluation.item_scores import ItemScores
-from minillm.evaluation.items import LETTERS, cyclic_orders
+from minillm.evaluation.items import LETTERS, Item, cyclic_orders
 
 
 def summarize_items(scores: ItemScores, seed: int = 0) -> dict[str, Any]:
@@ -30,19 +30,19 @@ def summarize_items(scores: ItemScores, seed: int = 0) -> dict[str, Any]:
     told["ways"] = {way: describe_way(scores, way, seed) for way in scores.ways if applies(scores, way)}
     if scores.gold_nats is not None:
         pairs = [
-            (nats / math.log(2), len(item.options[item.answer].encode("utf-8", "surrogatepass")))
+            (nats / math.log(2), len(item.answer_text.encode("utf-8", "surrogatepass")))
             for item, nats in zip(scores.items, scores.gold_nats, strict=True)
             if nats is not None
         ]
         told["gold_bits_per_byte"] = bootstrap_interval(*zip(*pairs, strict=True), seed=seed)._asdict()
     if scores.letters is not None:
-        told["letters"] = describe_letters(scores, seed)
+        told["letters"] = describe_letters(scores.items, scores.letters, seed)
     told["differences"] = {
         f"{one} - {other}": difference._asdict()
         for one, other in combinations(told["ways"], 2)
         if (difference := accuracy_difference(scores.correct(one), scores.correct(other), seed)) is not None
     }
-    choosing = {way: scores.chosen(way) for way in told["ways"] if scores.chosen(way) is not None}
+    choosing = {way: chosen for way in told["ways"] if (chosen := scores.chosen(way)) is not None}
     told["agreement"] = {
         f"{one} / {other}": agreement(*chosen_by_both(scores, choosing[one], choosing[other]))
         for one, other in combinations(choosing, 2)
@@ -75,13 +75,11 @@ def describe_way(scores: ItemScores, way: str, seed: int) -> dict[str, Any]:
     }
 
 
-def describe_letters(scores: ItemScores, seed: int) -> dict[str, Any]:
-    places = [place for own in scores.letters if own is not None for place in own]
-    shares = {
-        LETTERS[place]: places.count(place) / len(places) for place in range(max(map(option_count, scores.items)))
-    }
+def describe_letters(items: Sequence[Item], letters: Sequence[list[int] | None], seed: int) -> dict[str, Any]:
+    places = [place for own in letters if own is not None for place in own]
+    shares = {LETTERS[place]: places.count(place) / len(places) for place in range(max(map(option_count, items)))}
     rights = []
-    for item, own in zip(scores.items, scores.letters, strict=True):
+    for item, own in zip(items, letters, strict=True):
         if own is not None:
             orders = cyclic_orders(len(item.options), len(own) > 1)
             hits = [order[place] == item.answer for order, place in zip(orders, own, strict=True)]
@@ -141,17 +139,22 @@ def compare_items(scores: ItemScores, base: ItemScores, seed: int = 0) -> dict[s
         raise ValueError("the scores are not those of the same items")
     told: dict[str, Any] = {"ways": {}}
     for way in scores.ways:
-        if way not in base.ways or not applies(scores, way):
+        if way not in base.ways:
             continue
-        pairs = list(zip(scores.correct(way), base.correct(way), strict=True))
+        rights, of_base = scores.correct(way), base.correct(way)
+        difference = accuracy_difference(rights, of_base, seed)
+        # The way applies to none of the items.
+        if difference is None:
+            continue
+        pairs = list(zip(rights, of_base, strict=True))
         told["ways"][way] = {
-            "difference": accuracy_difference(scores.correct(way), base.correct(way), seed)._asdict(),
+            "difference": difference._asdict(),
             "gained": sum(one is True and other is False for one, other in pairs),
             "lost": sum(one is False and other is True for one, other in pairs),
         }
     if scores.gold_nats is not None and base.gold_nats is not None:
         rows = [
-            ((one - other) / math.log(2), len(item.options[item.answer].encode("utf-8", "surrogatepass")))
+            ((one - other) / math.log(2), len(item.answer_text.encode("utf-8", "surrogatepass")))
             for item, one, other in zip(scores.items, scores.gold_nats, base.gold_nats, strict=True)
             if one is not None and other is not None
         ]

@@ -46,16 +46,22 @@ class ItemScores:
         where an answer names none or a way does not apply; None at all for a way that chooses no option."""
         if way in self.options:
             return [None if scores is None else scores.index(max(scores)) for scores in self.options[way]]
-        return [verdict.chosen for verdict in self.verdicts] if way == "choice" else None
+        if way != "choice" or self.verdicts is None:
+            return None
+        return [verdict.chosen for verdict in self.verdicts]
 
     def correct(self, way: str) -> list[bool | None]:
-        """Whether each item is answered right; None where the way does not apply to it."""
-        if way in ("exact", "contains", "number"):
+        """Whether each item is answered right; None where the way does not apply to it.
+
+        Raises:
+            ValueError: a way in which the items were not scored.
+        """
+        if way in ("exact", "contains", "number") and self.verdicts is not None:
             return [getattr(verdict, way) for verdict in self.verdicts]
-        return [
-            index == item.answer if item.options else None
-            for item, index in zip(self.items, self.chosen(way), strict=True)
-        ]
+        chosen = self.chosen(way)
+        if chosen is None:
+            raise ValueError(f"the items were not scored by {way!r}; they were by {', '.join(self.ways) or 'no way'}")
+        return [index == item.answer if item.options else None for item, index in zip(self.items, chosen, strict=True)]
 
     def ties(self, way: str) -> int:
         """Items of which several options score best; the first of them is chosen."""

@@ -160,7 +160,9 @@ class Prompter:
         self.items, self.settings = items, settings
         pool = items if settings.shot_items is None else settings.shot_items
         texts = [text for item in [*items, *pool] for text in (item.question, *item.options, *item.answers)]
-        self.reading = LiteralReading(tokenizer, (), {})
+        # Where nothing is hidden any tokenizer will do.
+        plain: Any = tokenizer
+        self.reading = LiteralReading(plain, (), {})
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             self.reading = read_literally(tokenizer, "\n".join(texts))
         elif special := [token for token in tokenizer.all_special_tokens if any(token in text for text in texts)]:
@@ -191,7 +193,12 @@ class Prompter:
     def letters(self, index: int, order: Sequence[int]) -> str:
         """The prompt that a letter goes on from; `order`: the option behind each letter."""
         shots = self.shots[index] if self.shots else []
-        solved = [(letter_question(shot, range(len(shot.options))), LETTERS[shot.answer]) for shot in shots]
+        # All of them have an answer: an item with options is shown others with options.
+        solved = [
+            (letter_question(shot, range(len(shot.options))), LETTERS[shot.answer])
+            for shot in shots
+            if shot.answer is not None
+        ]
         return self.write(solved, letter_question(self.items[index], order))
 
     def bare(self) -> str:
@@ -206,9 +213,10 @@ class Prompter:
         turns = [turn for before, answer in solved for turn in (("user", before), ("assistant", answer))]
         messages = [{"role": role, "content": hide(text)} for role, text in [*turns, ("user", question)]]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompt: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"the chat template cannot be applied: {error}") from error
+        return prompt
 
     def answer(self, text: str) -> str:
         """An option or a letter as it stands behind its prompt."""

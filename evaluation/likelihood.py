@@ -144,7 +144,8 @@ def score_rows(
 
 def require_vocabulary(model: PreTrainedModel, rows: Sequence[Row], name_of: Callable[[int], str]) -> None:
     """Refuses a token that the model does not have."""
-    size = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
     for number, row in enumerate(rows):
         if max(row.inputs["input_ids"]) >= size or max(row.targets) >= size:
             raise ValueError(f"{name_of(number)} holds a token beyond the model's {size}: the tokenizer is another's")
@@ -153,7 +154,8 @@ def require_vocabulary(model: PreTrainedModel, rows: Sequence[Row], name_of: Cal
 def find_head(model: PreTrainedModel, row: Row) -> tuple[Any, Any] | None:
     """The base model and the head, if one after the other gives the model's very logits; None where something scales
     or caps them, or where the model is another's wrapper."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)
+    unwrapped = model if unwrap is None else unwrap()
     base, head = unwrapped.base_model, unwrapped.get_output_embeddings()
     if head is None or base is unwrapped:
         return None

@@ -118,3 +118,10 @@ def test_two_models_are_compared_item_by_item():
     assert changed[0]["base"]["chosen"]["sum"] == 1 and changed[0]["chosen"]["sum"] == 0
     with pytest.raises(ValueError, match="same items"):
         compare_items(MODEL, ItemScores(ITEMS[::-1], {}, None, None, None))
+
+
+@pytest.mark.parametrize("way", ["letters", "exact", "choice"])
+def test_a_way_in_which_items_were_not_scored_is_refused(way):
+    scores = ItemScores(ITEMS, {"sum": MODEL.options["sum"]}, None, None, None)
+    with pytest.raises(ValueError, match=f"not scored by '{way}'; they were by sum"):
+        scores.correct(way)
