@@ -127,7 +127,7 @@ def read_asked(options: Options) -> Asked:
     require_fitting(options)
     if options.device is not None:
         check_device(options.device)
-    documents = [] if options.data is None else read_documents(options.data)
+    documents = [] if options.data is None else load_corpus(options.data)
     items = [] if options.items is None else read_items(options.items)
     # Solved items come from all of a file, however few of its items are asked.
     shown = items if options.shot_file is None else read_items(options.shot_file)
@@ -172,28 +172,6 @@ def require_fitting(options: Options) -> None:
         raise ValueError("--shot-file needs --shots: how many of its items to show before each")
     if options.rotate and options.ways and "letters" not in options.ways:
         raise ValueError("--rotate needs --way letters: options have no letters otherwise")
-
-
-def read_documents(path: Path) -> list[TextDocument]:
-    """The documents of a text file or folder, or of the `text` of lines of JSON."""
-    if path.suffix != ".jsonl":
-        return load_corpus(path)
-    if not path.is_file():
-        raise ValueError(f"the corpus {path} does not exist")
-    documents = []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path} line {number} is no JSON object with a "text"') from error
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path} line {number}: `text` must be a text that is not empty, not {text!r:.40}")
-        documents.append(TextDocument(f"{path.name}:{number}", text))
-    if not documents:
-        raise ValueError(f"{path} holds no documents")
-    return documents
 
 
 def check_device(name: str) -> None:

@@ -117,7 +117,8 @@ def choose_objective(options: TrainOptions, config: MiniLLMConfig) -> str:
     return objective
 
 
-def build_collator(objective: str, tokenizer: Any, options: TrainOptions, config: Any) -> DocumentCollator:
+def row_length(options: TrainOptions, config: MiniLLMConfig) -> int:
+    """The tokens in a row. ValueError if the model has no positions for so many."""
     length = options.max_length or config.max_position_embeddings
     # The table of learned positions; other schemes have none.
     rows = config.position_table_size
@@ -126,7 +127,11 @@ def build_collator(objective: str, tokenizer: Any, options: TrainOptions, config
             f"max_length is {length}, but the model has a table of {rows} learned positions "
             f"(position_table_size={rows}): set --max-length to at most {rows}"
         )
-    common = {"tokenizer": tokenizer, "max_length": length, "seed": options.seed}
+    return length
+
+
+def build_collator(objective: str, tokenizer: Any, options: TrainOptions, config: Any) -> DocumentCollator:
+    common = {"tokenizer": tokenizer, "max_length": row_length(options, config), "seed": options.seed}
     if objective == "sft":
         return DataCollatorForSFT(**common, prompt_is_prefix=config.attention_type == "prefix")
     if objective == "glm":
@@ -213,6 +218,7 @@ def prepare(options: TrainOptions, machine: Machine) -> Job:
     model = build_model(options, tokenizer, machine.precision)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
+    row_length(options, model.config)
     objective = choose_objective(options, model.config)
     collator = build_collator(objective, tokenizer, options, model.config)
     if options.lora:

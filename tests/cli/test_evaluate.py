@@ -86,7 +86,7 @@ def test_lines_of_json_with_text(folder, tmp_path):
         succeed("evaluate", folder / "causal", "--data", folder / name, "--out", tmp_path / str(number), *arguments)
     lines, files = (read_lines(tmp_path / name / "documents.jsonl") for name in "01")
     assert [each["loss"] for each in lines] == [each["loss"] for each in files] and len(lines) == 2
-    assert [each["name"] for each in lines] == ["texts.jsonl:1", "texts.jsonl:2"]
+    assert [each["name"] for each in lines] == ["texts.jsonl#1", "texts.jsonl#2"]
     whole = document_losses(*load(folder / "causal"), load_corpus(folder / "texts"))
     cut = document_losses(*load(folder / "causal"), load_corpus(folder / "texts"), max_length=32)
     assert lines[0]["loss"] == pytest.approx(cut[0].loss) and lines[0]["loss"] != pytest.approx(whole[0].loss)
@@ -178,11 +178,14 @@ def test_a_terminal_shows_how_far_it_is(folder, monkeypatch):
 
 BAD = {
     "nothing": ([], "nothing to evaluate: give --data, --items or --tasks"),
-    "no corpus": (["--data", "none"], "none does not exist"),
+    "no corpus": (["--data", "none"], "no data set that `datasets` can load"),
     "no json lines": (["--data", "none.jsonl"], "none.jsonl does not exist"),
     "no items": (["--items", "none.jsonl"], "none.jsonl is no file"),
     "items in a line": (["--items", "texts.jsonl"], "texts.jsonl line 1: `question` must be a text, not None"),
-    "texts in a line": (["--data", "items.jsonl"], 'items.jsonl line 1 is no JSON object with a "text"'),
+    "texts in a line": (
+        ["--data", "items.jsonl"],
+        "items.jsonl line 1 has the keys ['answer', 'group', 'options', 'question']",
+    ),
     "rotate": (["--data", "texts", "--rotate"], "--rotate needs --items"),
     "shots": (["--data", "texts", "--shots", "2"], "--shots needs --items or --tasks"),
     "way": (["--data", "texts", "--way", "letters"], "--way needs --items"),

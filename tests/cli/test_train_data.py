@@ -182,7 +182,7 @@ def test_bad_data_are_one_line_before_any_work(model, tmp_path):
     bad = write(tmp_path / "bad.jsonl", [{"text": "a"}, {"txt": "b"}])
     assert "bad.jsonl line 2 has the keys ['txt']; needed: text; or prompt and completion" in refused("--data", bad)
     answers = write(tmp_path / "answers.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
-    assert "learn the answers with --objective sft" in refused("--data", answers)
+    assert "learn the answers with --objective sft" in refused("--data", answers, "--objective", "causal")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9999)[:100])
     assert "cut.jsonl.gz is damaged" in refused("--data", tmp_path / "cut.jsonl.gz")
     assert "no data set that `datasets` can load" in refused("--data", "no/where")

@@ -291,6 +291,8 @@ def test_data_options_reach_the_reader(small, tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, "read_samples", read)
     template = tmp_path / "template.jinja"
     asked = (
+        "--objective",
+        "causal",
         "--columns",
         "prompt=question",
         "--format",

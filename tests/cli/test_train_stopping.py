@@ -159,7 +159,7 @@ def test_a_run_whose_model_was_not_written_trains_no_further_step(whole, small, 
     """As one that was killed between its last step and the end."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.Run, "write", lambda self, model, score: (_ for _ in ()).throw(OSError("no disk")))
+        patch.setattr(training_run.Run, "write", lambda self, *given: (_ for _ in ()).throw(OSError("no disk")))
         assert "no disk" in fail(*arguments(small, out))
     assert not out.exists()
     told = succeed(*arguments(small, out))
