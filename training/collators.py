@@ -150,10 +150,13 @@ def pack_dataset(
         ValueError: no samples, a sample that is not as the collator wants it, nothing to score, a collator without
             `packing`, a stream or `window_tokens` without `folder`, or a folder that holds rows of other settings or
             of another source.
+        TypeError: `collator` is no `DocumentCollator`.
         FolderInUse: another process packs into `folder`.
         OSError: the disk is full; another call goes on.
         ImportError: `folder` without pyarrow.
     """
+    if not isinstance(collator, DocumentCollator):
+        raise TypeError(f"`collator` is a {type(collator).__name__}; needed: a collator of `minillm.training`")
     if not collator.packing:
         raise ValueError("`pack_dataset` needs a collator with `packing=True`")
 

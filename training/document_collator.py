@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from minillm.data.documents import IGNORE_INDEX, NothingToScoreError, Piece, cut_by_documents
 from minillm.data.packing import best_fit_decreasing
+from minillm.training.laid_out import require_laid_out, require_numbers, require_objective, require_slots
 from minillm.training.objective import Objective
 
 logger = logging.get_logger(__name__)
@@ -56,8 +57,8 @@ class DocumentCollator(ABC):
         if multiple is not None and (multiple < 1 or (self.max_length or multiple) % multiple):
             raise ValueError(f"`pad_to_multiple_of` is {multiple}; it must divide `max_length` ({self.max_length})")
         _require_choice("overlong", self.overlong, self.objective.overlong)
-        if self._longest == 0:
-            needed = self.objective.slots(1) + bool(self.objective.behind)
+        if self._longest is not None and self._longest < 1:
+            needed = self._slots(1) + bool(self.objective.behind)
             raise ValueError(f"`max_length` is {self.max_length}; a document of one token needs {needed} slots")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -77,14 +78,17 @@ class DocumentCollator(ABC):
     @cached_property
     def objective(self) -> Objective:
         """What is learned from a document."""
-        return self.make_objective()
+        return require_objective(self.make_objective(), self)
 
     @cached_property
     def _longest(self) -> int | None:
         """The tokens of the longest document that fits into a row."""
         if self.max_length is None:
             return None
-        return bisect_right(range(self.max_length + 1), self._capacity, key=self.objective.slots) - 1
+        return bisect_right(range(self.max_length + 1), self._capacity, key=self._slots) - 1
+
+    def _slots(self, tokens: int) -> int:
+        return require_slots(self.objective, tokens)
 
     @property
     def _capacity(self) -> int:
@@ -104,7 +108,10 @@ class DocumentCollator(ABC):
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
         epoch = self.epoch
-        batch = self._tensors([[self._lay_out(piece, epoch) for piece in row] for row in self.rows(samples)])
+        pieces = self.rows(samples)
+        rows = [[self._lay_out(piece, epoch) for piece in row] for row in pieces]
+        require_laid_out(rows, pieces, self.objective, None if self.max_length is None else self._capacity)
+        batch = self._tensors(rows)
         if bool((batch["labels"] == IGNORE_INDEX).all()):
             raise NothingToScoreError(
                 f"none of the {len(samples)} samples of this batch holds a token to score: {self.objective.scorable}"
@@ -122,7 +129,7 @@ class DocumentCollator(ABC):
             done, loose = self._only_scored(done, loose)
         if not self.packing:
             return done + [[piece] for piece in loose]
-        slots = [self.objective.slots(len(piece.input_ids)) for piece in loose]
+        slots = [self._slots(len(piece.input_ids)) for piece in loose]
         return done + [[loose[index] for index in row] for row in best_fit_decreasing(slots, self._capacity)]
 
     def fix_prefixes(self, row: list[Piece]) -> list[Piece]:
@@ -252,12 +259,12 @@ class DocumentCollator(ABC):
             parts = []
             for row, own, total in zip(rows, counts, used, strict=True):
                 parts.append(padding[:skip])
-                if name in row[0]:
-                    parts += [document[name][skip:] for document in row]
-                else:
-                    parts += [slots[:count] for count in own]
+                for document, count in zip(row, own, strict=True):
+                    # Positions alone may be left out.
+                    parts.append(document[name][skip:] if name in document else slots[:count])
                 parts.append(padding[total + skip :])
             batch[name] = np.concatenate(parts, dtype=np.int64).reshape(len(rows), width)
+        require_numbers(batch, self.objective)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
