@@ -126,7 +126,7 @@ def pack_dataset(
 ) -> Any:
     """Packs a whole data set beforehand, so that the number of rows, and with it the steps of a run, is known.
 
-    Documents without a token to score are left out, and a logged warning counts them.
+    Documents without a token to score, empty ones among them, are left out, and a logged warning counts them.
 
     Args:
         samples: a sequence of samples as `collator` takes them; a `datasets.Dataset` gives one back. With `folder` a

@@ -124,9 +124,9 @@ class DocumentCollator(ABC):
         Args:
             leave_out_unscored: leave out documents without a token to score, and log how many.
         """
-        done, loose = self._read_all(samples)
+        done, loose, empty = self._read_all(samples, leave_out_unscored)
         if leave_out_unscored:
-            done, loose = self._only_scored(done, loose)
+            done, loose = self._only_scored(done, loose, empty)
         if not self.packing:
             return done + [[piece] for piece in loose]
         slots = [self._slots(len(piece.input_ids)) for piece in loose]
@@ -139,35 +139,41 @@ class DocumentCollator(ABC):
             for piece in row
         ]
 
-    def _only_scored(self, done: list[list[Piece]], loose: list[Piece]) -> tuple[list[list[Piece]], list[Piece]]:
+    def _only_scored(
+        self, done: list[list[Piece]], loose: list[Piece], empty: int
+    ) -> tuple[list[list[Piece]], list[Piece]]:
         kept = [piece for piece in loose if piece.is_scored]
         kept_rows = [row for row in done if any(piece.is_scored for piece in row)]
         if not kept and not kept_rows:
             raise NothingToScoreError(f"the data set holds no token to score: {self.objective.scorable}")
-        lost = len(loose) - len(kept) + len(done) - len(kept_rows)
+        lost = empty + len(loose) - len(kept) + len(done) - len(kept_rows)
         if lost:
             logger.warning(
-                f"{lost} of {len(loose) + len(done)} documents hold no token to score and are left out: "
+                f"{lost} of {empty + len(loose) + len(done)} documents hold no token to score and are left out: "
                 f"{self.objective.scorable}, and labels that are not all -100"
             )
         return kept_rows, kept
 
-    def _read_all(self, samples: Sequence[Any]) -> tuple[list[list[Piece]], list[Piece]]:
-        """The samples that are rows already, and the pieces of the others."""
+    def _read_all(self, samples: Sequence[Any], pass_over_empty: bool) -> tuple[list[list[Piece]], list[Piece], int]:
+        """The samples that are rows already, the pieces of the others, and how many were passed over as empty."""
         if len(samples) == 0:
             raise ValueError("the collator was called without samples")
         done: list[list[Piece]] = []
         loose: list[Piece] = []
+        empty = 0
         for number, sample in enumerate(samples):
             try:
                 pieces, is_row = self._read(sample)
             except ValueError as error:
+                if pass_over_empty and isinstance(error, NothingToScoreError):
+                    empty += 1
+                    continue
                 raise ValueError(f"sample {number} of {len(samples)}: {error}") from error
             if is_row:
                 done.append(pieces)
             else:
                 loose.extend(pieces)
-        return done, loose
+        return done, loose, empty
 
     def _read(self, sample: Any) -> tuple[list[Piece], bool]:
         """The pieces of a sample, none longer than a row takes, and whether they form a row already."""

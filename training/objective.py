@@ -56,6 +56,7 @@ class Objective(ABC):
         """Ids [tokens], which of them may be scored (boolean [tokens]), and the other columns of a sample.
 
         Raises:
+            NothingToScoreError: a sample without a token, which `pack_dataset` leaves out.
             ValueError: a sample that is not as wanted.
         """
         ids, columns = read_ids(sample)
