@@ -136,7 +136,7 @@ def pack_dataset(
             evaluation of unchanged weights then repeats itself.
         folder: write the rows to files there, and return them as `minillm.data.PackedRows`, which reads them from disk
             as they are asked for: data that memory does not hold. After a run that was ended the same call goes on;
-            a complete folder is opened at once. Needs pyarrow.
+            a complete folder is opened at once, if the first samples are those it was packed from. Needs pyarrow.
         window_tokens: with `folder`, read and pack the samples in windows of so many tokens, each into a file of its
             own; None takes 4 million. More takes more memory and leaves less padding.
 
