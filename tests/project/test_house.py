@@ -230,6 +230,58 @@ def test_threads_may_ask_for_public_names_at_once():
     assert in_fresh_process(THREADS) == in_fresh_process(THREADS.replace("from transformers", "# ")) == "{'True'}"
 
 
+INTERRUPTED = """
+import sys, minillm
+
+class Interrupt:
+    names = ["minillm.plugin.registration"]
+    def find_spec(self, name, path=None, target=None):
+        if name in self.names:
+            self.names.remove(name)
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+try:
+    minillm.MiniLLMForCausalLM
+except KeyboardInterrupt:
+    print(Interrupt.names)
+"""
+ENTERED = """
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model("minillm", vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+print(type(AutoModelForCausalLM.from_config(config)) is minillm.MiniLLMForCausalLM, type(config) is minillm.MiniLLMConfig)
+print(minillm.MiniLLMForCausalLM.save_pretrained.__code__.co_filename)
+"""
+
+
+def test_an_interrupted_registration_is_not_lost():
+    assert in_fresh_process(INTERRUPTED + ENTERED).splitlines() == ["[]", "True True", hub.__file__]
+
+
+RACE = """
+import threading, minillm
+
+def by_transformers():
+    from transformers import AutoModelForCausalLM
+
+def by_minillm():
+    minillm.MiniLLMForCausalLM
+
+# Either may fail, as threads do that import transformers at once.
+threading.excepthook = lambda failure: None
+threads = [threading.Thread(target=target) for target in (by_transformers, by_minillm)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.slow
+def test_a_registration_that_fails_in_a_race_is_not_lost():
+    assert in_fresh_process(RACE + ENTERED).splitlines() == ["True True", hub.__file__]
+
+
 def test_a_finder_that_has_left_finds_nothing():
     """Another thread may take it away while this one asks it."""
     assert AfterImport().find_spec("transformers.models", None) is None
