@@ -36,6 +36,29 @@ def test_the_module_and_the_console_script_are_the_command():
     assert version.stderr == "" and version.stdout == f"{minillm.__version__}\n"
 
 
+COMPLETED = """
+import contextlib, io, json, os, sys
+from minillm.cli.main import app
+
+def complete(words):
+    os.environ |= {"_MINILLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        app(prog_name="minillm")
+    return told.getvalue().split()
+
+found = [complete(words) for words in ("minillm presets gl", "minillm info glm-", "minillm info elsewhere")]
+print(json.dumps([*found, sorted({"torch", "transformers"} & set(sys.modules))]))
+"""
+
+
+def test_a_shell_completes_presets_and_families_without_torch():
+    done = subprocess.run([sys.executable, "-c", COMPLETED], capture_output=True, text=True, check=True)
+    families, presets, nothing, heavy = json.loads(done.stdout)
+    assert set(families) == {preset.family for preset in PRESETS.values() if preset.family.startswith("gl")}
+    assert families and sorted(presets) == sorted(name for name in PRESETS if name.startswith("glm-"))
+    assert nothing == heavy == []
+
+
 def test_an_error_of_the_real_command_is_one_line(tmp_path):
     script = str(Path(sys.executable).with_name("minillm"))
     done = subprocess.run([script, "info", "llama-3-8"], capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -55,7 +55,7 @@ NAMES = [
     "find_prompts",
     "number_prompts",
 ]
-ROOMS = ["configuration", "conversion", "data", "evaluation", "publishing", "tokenization", "training"]
+ROOMS = sorted(name.removeprefix("minillm.") for name in setup_dict() if name != "minillm")
 
 PARTS_OF_THE_MODEL = ("attention", "generation", "modeling")
 
@@ -113,6 +113,20 @@ def test_public_names():
     assert sorted(minillm.__all__) == dir(minillm) == sorted(NAMES + ROOMS)
     with pytest.raises(AttributeError, match="MiniLLMForMaskedLM"):
         _ = minillm.MiniLLMForMaskedLM
+
+
+def test_a_room_lists_what_it_exports():
+    for room in ROOMS:
+        found = getattr(minillm, room)
+        assert set(found.__all__) <= set(dir(found)), room
+    assert dir(minillm.publishing) == minillm.publishing.__all__
+
+
+@pytest.mark.parametrize("room", ["cli", "experiments", "plugin"])
+def test_a_room_of_modules_exports_none_of_them(room):
+    names = {}
+    exec(f"from minillm.{room} import *", names)
+    assert set(names) == {"__builtins__"}
 
 
 def test_rooms_are_attributes_without_an_import_of_their_own():
@@ -249,7 +263,8 @@ except KeyboardInterrupt:
 ENTERED = """
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("minillm", vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-print(type(AutoModelForCausalLM.from_config(config)) is minillm.MiniLLMForCausalLM, type(config) is minillm.MiniLLMConfig)
+model = AutoModelForCausalLM.from_config(config)
+print(type(model) is minillm.MiniLLMForCausalLM, type(config) is minillm.MiniLLMConfig)
 print(minillm.MiniLLMForCausalLM.save_pretrained.__code__.co_filename)
 """
 

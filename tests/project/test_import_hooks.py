@@ -63,7 +63,7 @@ def test_what_failed_is_tried_again_at_the_next_import(finder):
         with pytest.raises(ImportError, match=told):
             import waited_for.one
     assert function.calls == 4 and finder in sys.meta_path
-    import waited_for.two  # noqa: F401
+    import waited_for.two
 
     assert function.calls == 5 and not finder.waiting
     import waited_for.one
@@ -81,7 +81,7 @@ def test_what_fails_once_is_done(finder):
 
 
 def test_what_failed_when_it_was_handed_over_waits(finder):
-    import waited_for.one  # noqa: F401
+    import waited_for.one
 
     function = Failing(ImportError("at once"), ImportError("again"))
     with pytest.raises(ImportError, match="again"):
