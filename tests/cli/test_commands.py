@@ -218,6 +218,26 @@ def test_info_says_what_an_adapter_is(tmp_path):
     assert "adapter holds no adapter that can be loaded" in fail("info", tmp_path / "adapter")
 
 
+def test_info_says_what_it_was_given_instead_of_a_model(tmp_path):
+    assert "error: the name is empty" in fail("info", "")
+    assert "/dev/null is no file" in fail("info", "/dev/null")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"\x08\xff\xfe\x00")
+    assert f"{weights} is no config file" in fail("info", weights)
+    kinds = {"packed_rows.json": "packed rows", "tokenizer.json": "a tokenizer", "notes.txt": "no model"}
+    for file, kind in kinds.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / file).write_text("{}", "utf-8")
+        told = fail("info", folder)
+        assert f"{folder} holds {kind}" in told and "config.json" in told and "model_type" not in told
+
+
+def test_a_misspelt_preset_is_answered_with_few():
+    told = fail("info", "minillm-causal-11m")
+    assert "minillm-causal-10m" in told and sum(f"'{name}'" in told for name in PRESETS) <= 3 and len(told) < 300
+
+
 def test_info_refuses_what_is_no_minillm_model(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     assert "'llama'" in fail("info", tmp_path / "llama")
