@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minillm.cli.completion import family_names, preset_names
 from minillm.cli.console import console, fail, one_line_errors, require_extra, say
 from minillm.cli.train_command import train
 from minillm.publishing.folders import claimed, full_disk_in_words, new_folder, reserved
@@ -271,7 +272,9 @@ def push(
 
 @app.command()
 def presets(
-    family: Annotated[str | None, typer.Argument(help="only this family, e.g. llama; left out: all")] = None,
+    family: Annotated[
+        str | None, typer.Argument(help="only this family, e.g. llama; left out: all", autocompletion=family_names)
+    ] = None,
 ) -> None:
     """List the named architectures with their parameter counts."""
     with one_line_errors():
@@ -282,7 +285,9 @@ def presets(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="preset, config file, model folder or repository")],
+    model: Annotated[
+        str, typer.Argument(help="preset, config file, model folder or repository", autocompletion=preset_names)
+    ],
 ) -> None:
     """Say in words what a model is, and which attention back ends can serve it."""
     with one_line_errors():

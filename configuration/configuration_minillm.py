@@ -40,7 +40,7 @@ from minillm.configuration.rope_fields import (
 )
 from minillm.configuration.saved_values import one_line, refuse_impossible, what_stands
 from minillm.configuration.spellings import foreign_conflicts, refuse_misspelt, warn_of_unknown
-from minillm.configuration.token_fields import token_conflicts, warn_of_tokens
+from minillm.configuration.token_fields import TOKEN_FIELDS, ids_outside, token_conflicts, warn_of_tokens
 from minillm.version import __version__
 
 logger = logging.get_logger(__name__)
@@ -476,15 +476,17 @@ class MiniLLMConfig(PreTrainedConfig):
             overrides: fields that replace the preset's.
 
         Raises:
-            ValueError: if there is no such preset (the message lists them all).
+            ValueError: if there is no such preset (the message names those that are spelt alike).
             ImportError: in the copy of this code beside a saved model, which has no presets.
         """
         if not PRESETS:
             raise ImportError("presets come with the plug-in: `pip install minillm-hf`, then `import minillm`")
         if name not in PRESETS:
-            close = difflib.get_close_matches(str(name), PRESETS, 1)
-            hint = f" did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown preset {name!r};{hint} available: {', '.join(sorted(PRESETS))}")
+            close = " or ".join(repr(each) for each in difflib.get_close_matches(str(name), PRESETS, 3))
+            hint = f"did you mean {close}? " if close else ""
+            raise ValueError(
+                f"unknown preset {name!r}: {hint}`minillm presets` and `minillm.configuration.PRESETS` list them all"
+            )
         return cls(**{**copy.deepcopy(PRESETS[name].fields), **overrides})
 
     @classmethod
@@ -496,19 +498,40 @@ class MiniLLMConfig(PreTrainedConfig):
 
         Args:
             tokenizer: a tokenizer of transformers.
-            preset: name of a preset to start from; left out: the defaults.
+            preset: name of a preset to start from; left out: the defaults. Ids of its blanks and start token are left
+                out where the vocabulary does not have them all: they are another tokenizer's.
             fields: other fields, and those of the four that are to differ, e.g. a `vocab_size` rounded up.
 
         Raises:
-            ValueError: if `vocab_size` is given and has no room for all of the tokenizer's ids, or there is no such
-                preset.
+            TypeError: if it is no tokenizer of transformers.
+            ValueError: if `vocab_size` is given and has no room for all of the tokenizer's ids, if the id of a special
+                token is given that the vocabulary does not have, or there is no such preset.
         """
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            found = repr(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else type(tokenizer).__name__
+            raise TypeError(
+                f"`tokenizer` must be a tokenizer of transformers, not {found}: load one by "
+                "`AutoTokenizer.from_pretrained(...)`; one of the library tokenizers becomes one by "
+                "`PreTrainedTokenizerFast(tokenizer_object=...)`"
+            )
         needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
-        if fields.get("vocab_size", needed) < needed:
+        vocab_size = fields.get("vocab_size", needed)
+        if vocab_size < needed:
             raise ValueError(
-                f"`vocab_size={fields['vocab_size']}` has no room for the {needed} ids of the tokenizer: leave it "
-                f"out, or give at least {needed}"
+                f"`vocab_size={vocab_size}` has no room for the {needed} ids of the tokenizer: leave it out, or give "
+                f"at least {needed}"
+            )
+        for name, token_id in ids_outside(fields, vocab_size):
+            raise ValueError(
+                f"`{name}={token_id}` lies outside the vocabulary of `vocab_size={vocab_size}` ids: give the id of a "
+                "token that the tokenizer has, or leave it out"
             )
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         fields = {"vocab_size": needed, **ids, **fields}
-        return cls(**fields) if preset is None else cls.from_preset(preset, **fields)
+        if preset is None:
+            return cls(**fields)
+        own = PRESETS[preset].fields if preset in PRESETS else {}
+        foreign = {name: own[name] for name in TOKEN_FIELDS if name in own and name not in fields}
+        if any(ids_outside(foreign, vocab_size)):
+            fields |= dict.fromkeys(foreign)
+        return cls.from_preset(preset, **fields)

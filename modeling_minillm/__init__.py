@@ -12,7 +12,18 @@ from minillm.import_hooks import after_import
 from minillm.version import __version__
 
 if TYPE_CHECKING:
-    from minillm import configuration, conversion, data, evaluation, publishing, tokenization, training
+    from minillm import (
+        cli,
+        configuration,
+        conversion,
+        data,
+        evaluation,
+        experiments,
+        plugin,
+        publishing,
+        tokenization,
+        training,
+    )
     from minillm.configuration.configuration_minillm import MiniLLMConfig
     from minillm.modeling_minillm import (
         MiniLLMForCausalLM,
@@ -35,19 +46,33 @@ __all__ = [
     "MiniLLMPreTrainedModel",
     "MiniLLMTokenizer",
     "__version__",
+    "cli",
     "configuration",
     "conversion",
     "data",
     "evaluation",
+    "experiments",
     "find_prompts",
     "number_prompts",
+    "plugin",
     "publishing",
     "tokenization",
     "training",
 ]
 
 _LOCK = threading.RLock()
-_ROOMS = ("configuration", "conversion", "data", "evaluation", "publishing", "tokenization", "training")
+_ROOMS = (
+    "cli",
+    "configuration",
+    "conversion",
+    "data",
+    "evaluation",
+    "experiments",
+    "plugin",
+    "publishing",
+    "tokenization",
+    "training",
+)
 _MODULES = {
     "MiniLLMConfig": "configuration.configuration_minillm",
     "MiniLLMTokenizer": "tokenization.tokenization_minillm",

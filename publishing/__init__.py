@@ -22,3 +22,7 @@ def _find(name: str) -> Any:
 # A type checker that saw this function would take any name for a public one.
 if not TYPE_CHECKING:
     __getattr__ = _find
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

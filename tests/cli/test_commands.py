@@ -36,6 +36,29 @@ def test_the_module_and_the_console_script_are_the_command():
     assert version.stderr == "" and version.stdout == f"{minillm.__version__}\n"
 
 
+COMPLETED = """
+import contextlib, io, json, os, sys
+from minillm.cli.main import app
+
+def complete(words):
+    os.environ |= {"_MINILLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        app(prog_name="minillm")
+    return told.getvalue().split()
+
+found = [complete(words) for words in ("minillm presets gl", "minillm info glm-", "minillm info elsewhere")]
+print(json.dumps([*found, sorted({"torch", "transformers"} & set(sys.modules))]))
+"""
+
+
+def test_a_shell_completes_presets_and_families_without_torch():
+    done = subprocess.run([sys.executable, "-c", COMPLETED], capture_output=True, text=True, check=True)
+    families, presets, nothing, heavy = json.loads(done.stdout)
+    assert set(families) == {preset.family for preset in PRESETS.values() if preset.family.startswith("gl")}
+    assert families and sorted(presets) == sorted(name for name in PRESETS if name.startswith("glm-"))
+    assert nothing == heavy == []
+
+
 def test_an_error_of_the_real_command_is_one_line(tmp_path):
     script = str(Path(sys.executable).with_name("minillm"))
     done = subprocess.run([script, "info", "llama-3-8"], capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -193,6 +216,26 @@ def test_info_says_what_an_adapter_is(tmp_path):
     }
     (tmp_path / "adapter" / "adapter_config.json").write_text("{", "utf-8")
     assert "adapter holds no adapter that can be loaded" in fail("info", tmp_path / "adapter")
+
+
+def test_info_says_what_it_was_given_instead_of_a_model(tmp_path):
+    assert "error: the name is empty" in fail("info", "")
+    assert "/dev/null is no file" in fail("info", "/dev/null")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"\x08\xff\xfe\x00")
+    assert f"{weights} is no config file" in fail("info", weights)
+    kinds = {"packed_rows.json": "packed rows", "tokenizer.json": "a tokenizer", "notes.txt": "no model"}
+    for file, kind in kinds.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / file).write_text("{}", "utf-8")
+        told = fail("info", folder)
+        assert f"{folder} holds {kind}" in told and "config.json" in told and "model_type" not in told
+
+
+def test_a_misspelt_preset_is_answered_with_few():
+    told = fail("info", "minillm-causal-11m")
+    assert "minillm-causal-10m" in told and sum(f"'{name}'" in told for name in PRESETS) <= 3 and len(told) < 300
 
 
 def test_info_refuses_what_is_no_minillm_model(tmp_path):
