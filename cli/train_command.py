@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minillm.cli.completion import preset_names
 from minillm.cli.console import one_line_errors
 from minillm.cli.options_file import add_pairs, take_file
 
@@ -51,7 +52,10 @@ def train(
         typer.Option(help="YAML or JSON file of these options; flags win", is_eager=True, callback=take_file),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="from scratch: a preset's name or a config file", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(
+            help="from scratch: a preset's name or a config file", autocompletion=preset_names, rich_help_panel=MODEL
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="or go on from this model", rich_help_panel=MODEL)] = None,
     tokenizer: Annotated[
