@@ -41,7 +41,7 @@ class HeldOutScore:
         # In one order, whichever process scored which: the draws go by numbers.
         parts = sorted(zip(self.tokens, self.losses, strict=True))
         found = bootstrap_interval([loss for _, loss in parts], [count for count, _ in parts], seed=seed)
-        return tuple(float(np.exp(min(nll, 709.0))) for nll in (found.low, found.high))
+        return float(np.exp(min(found.low, 709.0))), float(np.exp(min(found.high, 709.0)))
 
     def add(self, other: "HeldOutScore") -> None:
         """Takes in what another one scored."""
