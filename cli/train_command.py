@@ -74,7 +74,9 @@ def train(
     objective: Annotated[
         Objective | None,
         typer.Option(
-            help="what is predicted from what", show_default="the model's attention_type", rich_help_panel=DATA
+            help="what is predicted from what",
+            show_default="the model's attention_type; sft where data hold answers",
+            rich_help_panel=DATA,
         ),
     ] = None,
     columns: Annotated[
