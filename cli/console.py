@@ -13,7 +13,7 @@ from rich.markup import escape
 console = Console()
 errors = Console(stderr=True)
 
-EXTRAS = {"train": ("datasets", "matplotlib"), "eval": ("lm_eval",)}
+EXTRAS = {"train": ("datasets", "matplotlib", "zstandard"), "eval": ("lm_eval",)}
 """Packages of an optional extra, by import name."""
 
 # The Trainer's: checkpoints are ordered by number, a tied head stands under the embedding's name, and a run that was

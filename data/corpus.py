@@ -82,7 +82,7 @@ def load_corpus(
     examples = cut_lone_file(read_examples(path, columns=columns, format=format, encoding=encoding), path)
     documents = [TextDocument(example.name, require_text(example)) for example in without_empty(examples)]
     if not documents:
-        raise CorpusError(f"{path} holds no text but empty ones")
+        raise CorpusError(f"{path} holds nothing but white space")
     return documents
 
 

@@ -41,6 +41,17 @@ def without_bars():
     logging.enable_progress_bar()
 
 
+@pytest.fixture(scope="session")
+def trackio_runs(tmp_path_factory):
+    """The folder in which trackio keeps its databases; it asks for it when it is imported."""
+    assert "trackio" not in sys.modules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("runs")))
+        import trackio
+
+        yield trackio.utils.TRACKIO_DIR
+
+
 @pytest.fixture(autouse=True)
 def one_copy_of_the_package():
     """The folders of the repository must be imported as `minillm` only."""

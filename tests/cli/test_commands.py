@@ -315,11 +315,15 @@ def test_tokenizer_train_names_an_unreadable_file(tmp_path, monkeypatch):
     file = tmp_path / "secret.txt"
     file.write_text("text", "utf-8")
 
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
+    opened = Path.open
+
+    def refuse(path, *mode, **options):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *mode, **options)
 
     # A permission bit would not stop the tests of a super-user.
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     told = fail("tokenizer", "train", file, "--out", tmp_path / "out", "--vocab-size", 300)
     assert "secret.txt cannot be read: Permission denied" in told
     assert tree(tmp_path) == ["secret.txt"]

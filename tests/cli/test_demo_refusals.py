@@ -63,15 +63,15 @@ def test_a_bad_corpus_is_one_line_and_leaves_no_folder(name, tmp_path):
 
 def test_an_unreadable_corpus_is_one_line_and_leaves_no_folder(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus", files=2)
-    read = Path.read_bytes
+    opened = Path.open
 
-    def refuse(path):
+    def refuse(path, *mode, **options):
         if path.name == "module_1.py":
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return opened(path, *mode, **options)
 
     # A permission bit would not stop the tests of a super-user.
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     told = fail("demo", "--out", tmp_path / "demo", "--corpus", corpus)
     assert "module_1.py cannot be read: Permission denied" in told
     assert not (tmp_path / "demo").exists()

@@ -308,9 +308,8 @@ def test_data_options_reach_the_reader(small, tmp_path, monkeypatch):
     assert found == ("prompt=question", "alpaca", "gbk", template, "user/data")
 
 
+@pytest.mark.usefixtures("trackio_runs")
 def test_trackio_is_reported_to(small, tmp_path, monkeypatch):
-    pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     reported = []
     import transformers.integrations.integration_utils as integrations
 

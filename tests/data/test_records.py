@@ -221,7 +221,7 @@ def test_a_corpus_of_records(path, caplog):
     with pytest.raises(CorpusError, match=r"data.jsonl line 1 holds no text but a prompt.*text=COLUMN"):
         load_corpus(path)
     write(path, {"text": ""})
-    with pytest.raises(CorpusError, match=r"data.jsonl holds no text but empty ones"):
+    with pytest.raises(CorpusError, match=r"data.jsonl holds nothing but white space"):
         load_corpus(path)
 
 
