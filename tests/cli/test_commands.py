@@ -59,6 +59,7 @@ def test_a_shell_completes_presets_and_families_without_torch():
     assert nothing == heavy == []
 
 
+@pytest.mark.slow
 def test_an_error_of_the_real_command_is_one_line(tmp_path):
     script = str(Path(sys.executable).with_name("minillm"))
     done = subprocess.run([script, "info", "llama-3-8"], capture_output=True, text=True, check=False, cwd=tmp_path)

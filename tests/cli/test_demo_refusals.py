@@ -130,7 +130,7 @@ def test_a_corpus_without_docstrings_is_tuned_to_its_lines_backwards(small, tmp_
     assert "LoRA on lines backwards" in (tmp_path / "demo" / "report.md").read_text("utf-8")
 
 
-@pytest.mark.mostly_slow("1")
+@pytest.mark.mostly_thorough("1")
 @pytest.mark.parametrize("steps", [1, 4])
 def test_every_stage_of_a_short_demo_learns(steps, small, tmp_path):
     corpus, out = write_corpus(tmp_path / "corpus", files=20), tmp_path / "demo"

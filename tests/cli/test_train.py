@@ -305,6 +305,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(lora, models, corpus, tmp_pa
     assert_same_weights(*loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True], ids=["none", "cut-off"])
 def test_a_run_that_failed_before_its_first_checkpoint_does_not_bind(broken, models, corpus, tmp_path, monkeypatch):
     arguments = ("train", "--model", models["causal"], "--data", corpus, "--out", tmp_path / "out", *SHORT)
@@ -374,7 +375,7 @@ def logits_in_training(monkeypatch):
     return returned
 
 
-@pytest.mark.mostly_slow("prefix", "lora")
+@pytest.mark.mostly_thorough("prefix", "lora")
 @pytest.mark.parametrize(
     ("variant", "options"),
     [("causal", ()), ("prefix", ()), ("prefix", ("--lora",)), ("prefix", ("--objective", "glm"))],

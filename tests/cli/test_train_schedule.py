@@ -103,7 +103,7 @@ ADAPTER = ("--max-steps", 20, "--lora")
 ONE = ("--max-steps", 1)
 
 
-@pytest.mark.mostly_slow("warm-up of 3", "lora", "no warm-up")
+@pytest.mark.mostly_thorough("warm-up of 3", "lora", "no warm-up")
 @pytest.mark.parametrize(
     ("arguments", "steps", "peak"),
     [

@@ -546,7 +546,7 @@ def test_without_pyarrow_one_line_says_how_to_get_it(tmp_path, monkeypatch):
 # --- the rest of the house ---
 
 
-@pytest.mark.mostly_slow("prefix-0")
+@pytest.mark.mostly_thorough("prefix-0")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trainer_learns_from_them_as_from_a_list(variant, workers, tmp_path):

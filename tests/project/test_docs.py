@@ -77,7 +77,7 @@ def test_the_code_of_a_page_runs_in_this_process(page, tmp_path, monkeypatch, ca
     assert_shown(page, capsys.readouterr().out)
 
 
-@pytest.mark.mostly_slow("variants")
+@pytest.mark.mostly_thorough("variants")
 @pytest.mark.parametrize("page", [*OF_THEIR_OWN, pytest.param("tracking", marks=pytest.mark.slow)])
 def test_the_code_of_a_page_runs(page, tmp_path):
     with running_hub(tmp_path / "hub") as environment:

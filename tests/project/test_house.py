@@ -190,7 +190,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.mostly_slow("import minillm, peft", "import peft, minillm")
+@pytest.mark.mostly_thorough("import minillm, peft", "import peft, minillm")
 @pytest.mark.parametrize("order", ORDERS)
 def test_everything_is_registered_in_any_order_of_imports(order):
     code = (

@@ -61,7 +61,7 @@ def prepare(case, root):
     return folder
 
 
-@pytest.mark.mostly_slow(
+@pytest.mark.mostly_thorough(
     "another config-killed",
     "another config-full disk",
     "whole to shards-killed",
@@ -118,6 +118,7 @@ def end_saves(case, ending, tmp_path, choose):
     assert {path.name for path in tmp_path.iterdir()} <= {"model", "llama", "fresh"}
 
 
+@pytest.mark.slow
 def test_without_an_exchange_nothing_is_ever_a_mixture(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "exchanged", lambda *arguments: False)
     save, folder = CASES["whole to shards"][0], tmp_path / "model"
@@ -143,6 +144,7 @@ def test_without_an_exchange_nothing_is_ever_a_mixture(tmp_path, monkeypatch):
     assert not [name for name in tree(tmp_path) if name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments(tmp_path):
     kill_at_random(tmp_path, 12)
 
@@ -375,6 +377,7 @@ def test_many_that_save_into_one_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_of_two_conversions_one_is_refused_and_one_is_whole(tmp_path):
     llama(tmp_path / "llama")
 
@@ -502,7 +505,7 @@ FOREIGN = {
 }
 
 
-@pytest.mark.mostly_slow("train.py", "vocab.txt", "adapter_config.json")
+@pytest.mark.mostly_thorough("train.py", "vocab.txt", "adapter_config.json")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_overwrite_keeps_what_only_looks_like_a_file_of_the_model(name, things, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -638,7 +641,7 @@ def small_files_only(size):
 SLOW = {"demo": pytest.mark.slow}
 
 
-@pytest.mark.mostly_slow("export-2000", "tokenizer train-2000")
+@pytest.mark.mostly_thorough("export-2000", "tokenizer train-2000")
 @pytest.mark.parametrize("size", [2_000, 35_000])
 @pytest.mark.parametrize("command", [pytest.param(name, marks=SLOW.get(name, ())) for name in COMMANDS])
 def test_a_full_disk_is_one_line_and_another_run_recovers(command, size, things, tmp_path):

@@ -66,10 +66,10 @@ def attention_cases(attention_types=("causal", "prefix", "bidirectional")):
                     )
 
 
-def windows_mostly_slow(cases):
-    """The cases for `parametrize`: by default a window runs with grouped keys only, the others are slow."""
+def windows_mostly_thorough(cases):
+    """The cases for `parametrize`: by default a window runs with grouped keys only, the others are thorough."""
     slow = ("-mha-window3", "-mqa-window3")
-    return [pytest.param(case, marks=[pytest.mark.slow] * case.endswith(slow)) for case in cases]
+    return [pytest.param(case, marks=[pytest.mark.thorough] * case.endswith(slow)) for case in cases]
 
 
 def has_two_axes(config):

@@ -20,7 +20,7 @@ def trained(variant, folder, model=None, **arguments):
     return make_trainer(model, rows, collator, folder, eval_dataset=rows[:4], max_steps=4, **arguments)
 
 
-@pytest.mark.mostly_slow("prefix")
+@pytest.mark.mostly_thorough("prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trackio_keeps_every_logged_number(variant, trackio_runs, tmp_path):
     arguments = {"report_to": ["trackio"], "project": tmp_path.name, "eval_strategy": "steps", "eval_steps": 2}
