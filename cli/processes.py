@@ -39,6 +39,12 @@ def join(device: str) -> None:
         PartialState(cpu=device == "cpu")
 
 
+def leave() -> None:
+    """Parts from the other processes. One that ends without it may be aborted by threads that still wait for others."""
+    if world_size() > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def exchange(value: Any) -> list[Any]:
     """The values of all processes, in their order."""
     if world_size() == 1:

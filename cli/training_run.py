@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_se
 
 from minillm.cli.console import errors, say
 from minillm.cli.loading import load_model, load_pretrained
-from minillm.cli.processes import exchange, is_first, join, quiet_others, together, world_size
+from minillm.cli.processes import exchange, is_first, join, leave, quiet_others, together, world_size
 from minillm.cli.progress import Line, LineCallback
 from minillm.cli.train_command import TrainOptions
 from minillm.cli.training_checkpoints import (
@@ -149,7 +149,10 @@ def run(options: TrainOptions) -> None:
     """
     quiet_others()
     with folders(options), random_states_kept(), thread_count_kept():
-        train(options, checkpoints_of(options.out))
+        try:
+            train(options, checkpoints_of(options.out))
+        finally:
+            leave()
 
 
 @contextlib.contextmanager

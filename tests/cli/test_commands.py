@@ -386,7 +386,9 @@ def test_all_commands_but_the_demo_run_without_extras():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == ("error: datasets and matplotlib missing. Install: pip install 'minillm-hf[train]'")
+    assert done.stdout.strip() == (
+        "error: datasets and matplotlib and zstandard missing. Install: pip install 'minillm-hf[train]'"
+    )
 
 
 def test_a_command_keeps_libraries_quiet_only_while_it_runs():

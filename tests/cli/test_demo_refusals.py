@@ -186,6 +186,7 @@ def demo_process(out, corpus):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_ctrl_c_in_a_real_process_and_going_on(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=60)
@@ -220,6 +221,7 @@ def test_ctrl_c_in_a_real_process_and_going_on(tmp_path):
         assert found["perplexity"] == pytest.approx(variant["perplexity"], rel=1e-2)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_the_standard_library_is_the_corpus_of_a_demo_without_one(tmp_path):
     """One step of each stage on the real corpus: what the numbers count and that models load and speak."""

@@ -16,16 +16,6 @@ from transformers import AutoConfig
 pytestmark = pytest.mark.slow
 
 SHAPE = "hidden_size=64 num_hidden_layers=2 num_attention_heads=4 intermediate_size=160 max_position_embeddings=128"
-CAPITALS = {
-    "france": "paris",
-    "italy": "rome",
-    "spain": "madrid",
-    "japan": "tokyo",
-    "egypt": "cairo",
-    "peru": "lima",
-    "cuba": "havana",
-    "china": "beijing",
-}
 
 
 def settings(*pairs):
@@ -75,32 +65,6 @@ def test_from_a_corpus_to_a_model_of_any_settings_and_its_report(form, fields, t
     assert bits_per_byte(told["old"]) < 0.7 * bits_per_byte(told["young"])
     text = succeed("generate", tmp_path / "old", "def value_1(", "--max-new-tokens", 8)
     assert text.startswith("def value_1(") and len(text) > 16
-
-
-def test_from_texts_to_blanks_that_are_filled(tmp_path):
-    """A GLM from scratch, which has seen each sentence often."""
-    sentences = [f"the capital of {country} is {city}." for country, city in CAPITALS.items()]
-    rng = random.Random(0)
-    texts = [" ".join(rng.sample(sentences, 3)) for _ in range(400)]
-    data = write_texts("jsonl", tmp_path / "data", texts)
-    succeed("tokenizer", "train", data, "--out", tmp_path / "tokenizer", "--vocab-size", 330)
-    fields = settings(*SHAPE.split(), "attention_type=prefix", "position_embedding_type=glm_2d")
-    start = ["train", "--preset", "minillm-causal-10m", *fields, "--objective", "glm", "--data", data]
-    succeed(
-        *start,
-        "--tokenizer",
-        tmp_path / "tokenizer",
-        "--out",
-        tmp_path / "glm",
-        "--max-steps",
-        400,
-        "--batch-size",
-        16,
-    )
-    asked = [f"the capital of {country} is [MASK]." for country in CAPITALS]
-    filled = succeed("generate", tmp_path / "glm", *asked).splitlines()
-    right = sum(one == sentence for one, sentence in zip(filled, sentences, strict=True))
-    assert right >= 6, filled
 
 
 @pytest.fixture

@@ -76,6 +76,9 @@ def test_old_or_new_loads_where_a_save_ends(case, ending, tmp_path):
     end_saves(case, ending, tmp_path, lambda count: [count // 2, *range(count - 9, count, 3)])
 
 
+@pytest.mark.mostly_thorough(
+    "another config-killed", "whole to shards-full disk", "shards to whole-killed", "tokenizer-killed"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("case", [*CASES, "shards to whole", "shards to other shards"])
@@ -149,6 +152,7 @@ def test_kills_at_random_moments(tmp_path):
     kill_at_random(tmp_path, 12)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_many_kills_at_random_moments(tmp_path):
     kill_at_random(tmp_path, 300)
