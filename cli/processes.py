@@ -40,7 +40,7 @@ def join(device: str) -> None:
 
 
 def leave() -> None:
-    """Parts from the other processes. One that ends without it may be aborted by threads that still wait for others."""
+    """Parts from the other processes: one that ends without it may be aborted by threads that wait for others."""
     if world_size() > 1 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
