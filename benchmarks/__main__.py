@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from benchmarks import blocks, collators, conversion, growth, memory, packing, speed, startup, tokenizer
+from benchmarks import blocks, collators, conversion, growth, memory, packing, speed, startup, tokenizer, train_command
 from benchmarks.report import facts, load_average, markdown, write
 from benchmarks.timing import CLOCKS, Options
 from minillm.training.put_back import quiet, random_states_kept
@@ -32,6 +32,7 @@ KINDS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "tokenizer": tokenizer.measure,
     "collators": collators.measure_against_training,
     "conversion": conversion.measure_in_rounds,
+    "train": train_command.measure,
 }
 
 NOTHING = {"rows": [], "comparisons": [], "not_measured": [{"what": "all of it", "reason": "no time was left"}]}

@@ -1,0 +1,3 @@
+"""The `minillm` command."""
+
+__all__: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import typer
 from transformers import Cache, set_seed
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from minillm.cache import CACHE_NAME
 from minillm.cli.console import say, warn
@@ -84,7 +84,7 @@ class NewText(BaseStreamer):
         write: takes each piece.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], None]):
+    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], None]) -> None:
         self.decode, self.write = decode, write
         self.ids: list[int] = []
         self.text, self.prompt_is_next = "", True
@@ -121,7 +121,7 @@ class Conversation:
         dropped: how many messages were left out of the last prompt, since all were longer than the model reads.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, options: ChatOptions):
+    def __init__(self, model: Any, tokenizer: Any, options: ChatOptions) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.generation = {"pad_token_id": tokenizer.pad_token_id or 0, **options.generation()}
         template = options.chat_template

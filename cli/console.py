@@ -13,14 +13,16 @@ from rich.markup import escape
 console = Console()
 errors = Console(stderr=True)
 
-EXTRAS = {"train": ("datasets", "matplotlib"), "eval": ("lm_eval",)}
+EXTRAS = {"train": ("datasets", "matplotlib", "zstandard"), "eval": ("lm_eval",)}
 """Packages of an optional extra, by import name."""
 
-# The Trainer's: checkpoints are ordered by number, and a tied head stands under the embedding's name. The last is the
-# title of a table of weights that do not fit, which the commands refuse in one line.
+# The Trainer's: checkpoints are ordered by number, a tied head stands under the embedding's name, and a run that was
+# made longer saves at other steps. The last is the title of a table of weights that do not fit, which the commands
+# refuse in one line.
 REMARKS = (
     "mtime may not be reliable",
     "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
+    "The following arguments do not match the ones in the `trainer_state.json`",
     " LOAD REPORT",
 )
 

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from minillm.cli.config_settings import read_settings
 from minillm.cli.console import console, say
 from minillm.cli.publishing import export_model, torch_dtype
-from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.conversion import convert, export
 
 
@@ -45,20 +44,6 @@ def run_export_as(
             model = str(Path(folder) / "merged")
         with remarks_said(), progress_of("tensors") as told:
             export(model, out, family, kind, progress=told, **overrides)
-
-
-def read_settings(settings: list[str]) -> dict[str, Any]:
-    """Fields of the config from `name=value` pairs; values are read as YAML."""
-    found = {}
-    for setting in settings:
-        name, mark, value = setting.partition("=")
-        if not mark or name not in MiniLLMConfig.__dataclass_fields__:
-            raise ValueError(f"--set {setting!r}: it must be FIELD=VALUE with a field of MiniLLMConfig")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {setting!r}: the value cannot be read") from error
-    return found
 
 
 class Said(logging.Handler):

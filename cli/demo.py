@@ -209,7 +209,7 @@ class Demo:
         if (result := self.done("baselines")) is not None:
             return result
         documents = [sample["input_ids"] for sample in self.train_samples]
-        result: dict[str, Any] = {}
+        result = {}
         for name in ("causal", "prefix"):
             collator = self.collator(name)
             rows = self.held_out_rows(collator)
@@ -256,8 +256,8 @@ class Demo:
         return result
 
     def train(
-        self, name: str, model: Any, rows: list, collator: DocumentCollator, steps: int, learning_rate: float
-    ) -> list[tuple[int, float]]:
+        self, name: str, model: Any, rows: Any, collator: DocumentCollator, steps: int, learning_rate: float
+    ) -> list[tuple[float, float]]:
         """Trains with the stock Trainer, from its last checkpoint if there is one; returns (step, loss) pairs."""
         folder = self.out / "checkpoints" / name
         arguments = TrainingArguments(
@@ -311,7 +311,8 @@ class Demo:
         text, train_texts, held_out_texts = self.other_texts
         rows = pack_dataset(self.sample(train_texts, steps * BATCH_SIZE), collator)
         held_out = self.held_out_rows(collator, self.sample(held_out_texts, HELD_OUT_ROWS))
-        base = MiniLLMForCausalLM.from_pretrained(self.out / "causal").to(self.device)
+        base = MiniLLMForCausalLM.from_pretrained(self.out / "causal")
+        base.to(self.device)  # pyright: ignore[reportArgumentType]: transformers wraps it without types
         before = perplexity(base, held_out, collator)
         set_seed(self.settings.seed)
         adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
@@ -319,8 +320,8 @@ class Demo:
         console.print(f"LoRA trains {trained:,} of {total:,} parameters")
         curve = self.train("lora", adapted, rows, collator, steps, learning_rate=4e-3)
         with self.replaced(self.out / "adapter") as partial:
-            adapted.save_pretrained(partial)
-        merged = adapted.merge_and_unload()
+            adapted.save_pretrained(str(partial))
+        merged: Any = adapted.merge_and_unload()
         after = perplexity(merged, held_out, collator)
         self.publish("lora", merged)
         result = {

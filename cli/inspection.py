@@ -132,8 +132,8 @@ def back_ends(config: MiniLLMConfig) -> list[tuple[list[str], tuple[str, str, st
     """Back ends that serve a variant alike: their names, what they do on CPU and on CUDA, and why not more."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for implementation in (*KINDS, "others"):
-        on = [served(config, implementation, device) for device in ("cpu", "cuda")]
-        alike.setdefault((*on, "; ".join(refusal_reasons(config, implementation))), []).append(implementation)
+        cpu, cuda = (served(config, implementation, device) for device in ("cpu", "cuda"))
+        alike.setdefault((cpu, cuda, "; ".join(refusal_reasons(config, implementation))), []).append(implementation)
     return [(names, row) for row, names in alike.items()]
 
 

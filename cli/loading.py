@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from minillm.cli.console import one_line, warn
+from minillm.configuration.saved_values import what_stands
 from minillm.conversion.checkpoint import Checkpoint, require_weights
 from minillm.conversion.files import (
+    CONFIG_NAME,
     SETTINGS,
     exists,
     read_config,
@@ -28,6 +30,7 @@ from minillm.conversion.files import (
     require_templates,
     weight_files,
 )
+from minillm.data.packed_rows import MANIFEST
 from minillm.publishing.cards import is_repository
 from minillm.publishing.description import adapter_kind, is_mergeable
 
@@ -71,6 +74,9 @@ def load_pretrained(loader: Any, name: str, what: str, **options: Any) -> Any:
     Raises:
         ValueError: it cannot be loaded; the message names it and the reason.
     """
+    require_place(name)
+    if what != "tokenizer":
+        require_config(Path(name))
     with readable_errors(name, what):
         if Path(name).is_dir():
             read_settings(Path(name), SETTINGS[what])
@@ -81,6 +87,39 @@ def load_pretrained(loader: Any, name: str, what: str, **options: Any) -> Any:
         elif Path(name).exists():
             (read_config if what == "config" else read_json)(Path(name))
         return loader.from_pretrained(name, **options)
+
+
+def require_place(name: str) -> None:
+    """Refuses, by its name, what can be neither a folder or file nor a repository.
+
+    Raises:
+        ValueError: an empty name, or a device, a pipe or a link to nowhere.
+    """
+    if not name:
+        raise ValueError("the name is empty: give a folder or a repository")
+    if exists(Path(name)) and not Path(name).is_dir() and not Path(name).is_file():
+        raise ValueError(f"{name} is {what_stands(Path(name))}: give a folder or a repository")
+
+
+def require_config(place: Path) -> None:
+    """Refuses a folder or file that holds no config, and says what it is.
+
+    Raises:
+        ValueError: as above.
+    """
+    if place.is_file():
+        try:
+            place.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place} is no config file, since it is no text: give the folder it is in") from error
+    if not place.is_dir() or exists(place / CONFIG_NAME):
+        return
+    kind = "no model"
+    if exists(place / MANIFEST):
+        kind = "packed rows to train on, no model"
+    elif any(any(place.glob(pattern)) for pattern in TOKENIZER_FILES):
+        kind = "a tokenizer, no model"
+    raise ValueError(f"{place} holds {kind}: it has no {CONFIG_NAME}")
 
 
 def load_model(name: str, allow_adapter: bool = False, **options: Any) -> Any:
@@ -230,8 +269,9 @@ def adapter_config(name: str) -> dict[str, Any] | None:
     """What `adapter_config.json` of a PEFT adapter says; None where there is no such file.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file cannot be read, or there can be none.
     """
+    require_place(name)
     with readable_errors(name, "adapter"):
         if Path(name).is_dir():
             return read_settings(Path(name), SETTINGS["adapter"]).get(ADAPTER_CONFIG)
@@ -277,7 +317,7 @@ def check_adapter_settings(place: str, config: Mapping[str, Any], layers: int | 
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind = config.get("peft_type")
+    kind: Any = config.get("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{place}: `peft_type={kind!r}` is no kind of adapter that PEFT knows")
     for key in ("target_modules", "exclude_modules"):

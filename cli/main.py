@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from minillm.cli.completion import family_names, preset_names
 from minillm.cli.console import console, fail, one_line_errors, require_extra, say
+from minillm.cli.train_command import train
 from minillm.publishing.folders import claimed, full_disk_in_words, new_folder, reserved
 
 app = typer.Typer(
@@ -17,18 +19,24 @@ tokenizer_app = typer.Typer(help="Make, extend and judge tokenizers.", no_args_i
 app.add_typer(tokenizer_app, name="tokenizer")
 
 
-class Objective(str, Enum):
-    causal = "causal"
-    prefix = "prefix"
-    glm = "glm"
-    sft = "sft"
-
-
 class SubwordKind(str, Enum):
     byte_bpe = "byte_bpe"
     sentencepiece_bpe = "sentencepiece_bpe"
     unigram = "unigram"
     wordpiece = "wordpiece"
+
+
+class ItemWay(str, Enum):
+    likelihood = "likelihood"
+    letters = "letters"
+    generation = "generation"
+
+
+class Precision(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @app.command()
@@ -106,34 +114,7 @@ def report_tokenizer(
         run_report(tokenizer, corpus, out, compare, rare_below)
 
 
-@app.command()
-def train(
-    out: Annotated[Path | None, typer.Option(help="folder for the model")] = None,
-    data: Annotated[Path | None, typer.Option(help="text file or folder; sft: .jsonl of prompts and answers")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of these options; flags win")] = None,
-    preset: Annotated[str | None, typer.Option(help="start from scratch with this architecture")] = None,
-    model: Annotated[str | None, typer.Option(help="or go on from this model")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="tokenizer folder; left out: the model's")] = None,
-    objective: Annotated[Objective | None, typer.Option(help="what is predicted from what")] = None,
-    lora: Annotated[bool | None, typer.Option("--lora/--no-lora", help="train a LoRA adapter only")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="training steps")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="rows per step")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="tokens per row")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="peak of the cosine schedule")] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of weights and order")] = None,
-    special_tokens: Annotated[
-        bool | None,
-        typer.Option(
-            "--special-tokens/--no-special-tokens", help="read special tokens in the data; else they are text"
-        ),
-    ] = None,
-) -> None:
-    """Train a model with the stock Trainer: pre-training, continued pre-training, answers only, LoRA."""
-    flags = {name: value for name, value in locals().items() if name != "config" and value is not None}
-    with one_line_errors(resumes=True):
-        from minillm.cli.training_run import read_options, run
-
-        run(read_options(config, flags))
+app.command()(train)
 
 
 @app.command()
@@ -179,6 +160,58 @@ def chat(
 
         sampling = (max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         run(model, ChatOptions(system, chat_template, *sampling, special_tokens))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="folder or repository of a model or an adapter")],
+    data: Annotated[Path | None, typer.Option(help="text file or folder, or .jsonl with text: bits per byte")] = None,
+    items: Annotated[Path | None, typer.Option(help=".jsonl of questions: accuracy")] = None,
+    tasks: Annotated[str | None, typer.Option(help="names of lm-evaluation-harness' tasks, with commas")] = None,
+    compare: Annotated[str | None, typer.Option(help="a second model, on the same data")] = None,
+    adapter: Annotated[str | None, typer.Option(help="adapter to put on top of the first model")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for results.json and what each document and item got")
+    ] = None,
+    ways: Annotated[
+        list[ItemWay] | None, typer.Option("--way", help="items: only in this way; give it several times for several")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="items, tasks: solved ones before each")] = 0,
+    shot_file: Annotated[Path | None, typer.Option(help="items: where solved ones come from")] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="items: letters in all cyclic orders of the options")
+    ] = False,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="items, tasks: ask in the turns of the tokenizer's template")
+    ] = False,
+    glm: Annotated[
+        bool | None, typer.Option("--glm/--no-glm", help="answers fill [MASK]; left out: as the config tells")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="tasks: folder with tasks of your own")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="most tokens in a row; left out: the model's")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="items: most tokens of a generated answer; left out: 32")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows in one forward")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many documents, items, samples")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; left out: an accelerator if there is one")
+    ] = None,
+    dtype: Annotated[Precision, typer.Option(help="weights' dtype; auto: as they are stored")] = Precision.auto,
+    seed: Annotated[int, typer.Option(help="seed of intervals and of solved items")] = 0,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="data: read special tokens in texts; else they are text")
+    ] = False,
+) -> None:
+    """Judge a model: bits per byte of texts, questions scored every way, tasks of lm-evaluation-harness."""
+    given = dict(locals())
+    if tasks is not None:
+        require_extra("eval")
+    with one_line_errors():
+        from minillm.cli.evaluation_run import Options, run
+
+        given |= {"ways": tuple(way.value for way in ways or ()), "dtype": dtype.value}
+        run(Options(**given))
 
 
 @app.command()
@@ -239,7 +272,9 @@ def push(
 
 @app.command()
 def presets(
-    family: Annotated[str | None, typer.Argument(help="only this family, e.g. llama; left out: all")] = None,
+    family: Annotated[
+        str | None, typer.Argument(help="only this family, e.g. llama; left out: all", autocompletion=family_names)
+    ] = None,
 ) -> None:
     """List the named architectures with their parameter counts."""
     with one_line_errors():
@@ -250,7 +285,9 @@ def presets(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="preset, config file, model folder or repository")],
+    model: Annotated[
+        str, typer.Argument(help="preset, config file, model folder or repository", autocompletion=preset_names)
+    ],
 ) -> None:
     """Say in words what a model is, and which attention back ends can serve it."""
     with one_line_errors():

@@ -10,7 +10,7 @@ from minillm.cli.console import one_line, warn
 from minillm.cli.loading import adapter_config, is_missing, load_checked, load_model, load_pretrained, missing_base
 from minillm.cli.merging import load_adapted, merge_adapter, tolerance
 from minillm.conversion.comparison import difference, few_logits, fits_in_memory
-from minillm.publishing.cards import is_repository
+from minillm.publishing.cards import is_repository, read_summary
 from minillm.publishing.description import is_mergeable
 from minillm.publishing.folders import new_folder
 from minillm.training.put_back import quiet
@@ -79,6 +79,9 @@ def push_model(model_name: str, repository: str, private: bool | None = None, ba
         parts = load_whole_model(model_name)
     else:
         parts = load_shared_adapter(model_name, adapter, base)
+    trained = parts[0].get_base_model() if adapter is not None else parts[0]
+    # The card is written anew; what it said of the training holds for the same weights.
+    trained.training_summary = read_summary(model_name)
     try:
         return [str(part.push_to_hub(repository, private=private)) for part in parts][-1]
     except Exception as error:

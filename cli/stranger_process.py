@@ -5,10 +5,11 @@ python stranger_process.py PROMPTS_JSON FOLDER...
 
 import json
 import sys
+from typing import Any
 
 
 def main() -> None:
-    sys.modules["minillm"] = None
+    sys.modules["minillm"] = None  # pyright: ignore[reportArgumentType]: so that it cannot be imported
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +17,7 @@ def main() -> None:
     prompts, texts = json.loads(sys.argv[1]), []
     for folder in sys.argv[2:]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         inputs = tokenizer(prompts, return_tensors="pt", padding=True)
         ids = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
         texts.append(tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minillm.cli.console import console, say
 from minillm.cli.loading import load_model, load_pretrained
+from minillm.cli.training_model import FIRST_NEW
 from minillm.data import TextDocument, load_corpus
 from minillm.experiments.reporting import markdown_table, new_figure, save_picture, write_figures
 from minillm.publishing.folders import new_folder, reserved, write_atomically
@@ -89,6 +90,8 @@ def run_extension(tokenizer_name: str, corpus: list[Path], number: int, out: Pat
         from minillm.training import resize_for_vocabulary
 
         resize_for_vocabulary(model, tokenizer, extended)
+    # For `minillm train --train-new-tokens`.
+    extended.init_kwargs[FIRST_NEW] = 1 + max(tokenizer.get_vocab().values())
     with new_folder(out) as folder:
         if model is not None:
             model.save_pretrained(folder)

@@ -20,6 +20,8 @@ from minillm.configuration.attention_fields import attention_conflicts
 from minillm.configuration.derived_fields import (
     DERIVED,
     FOLLOWED,
+    LEFT_OUT,
+    Derived,
     derive,
     followed_plan,
     recognised,
@@ -38,7 +40,7 @@ from minillm.configuration.rope_fields import (
 )
 from minillm.configuration.saved_values import one_line, refuse_impossible, what_stands
 from minillm.configuration.spellings import foreign_conflicts, refuse_misspelt, warn_of_unknown
-from minillm.configuration.token_fields import token_conflicts, warn_of_tokens
+from minillm.configuration.token_fields import TOKEN_FIELDS, ids_outside, token_conflicts, warn_of_tokens
 from minillm.version import __version__
 
 logger = logging.get_logger(__name__)
@@ -166,9 +168,9 @@ class MiniLLMConfig(PreTrainedConfig):
     hidden_size: int = 4096
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
+    num_key_value_heads: Derived[int] = LEFT_OUT
+    head_dim: Derived[int] = LEFT_OUT
+    intermediate_size: Derived[int] = LEFT_OUT
     max_position_embeddings: int = 2048
 
     # who may look at whom
@@ -200,9 +202,9 @@ class MiniLLMConfig(PreTrainedConfig):
     #   parallel  h = h + attention(norm(h)) + feed_forward(norm(h))
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float | int = 1e-6
-    norm_bias: bool | None = None
+    norm_bias: Derived[bool] = LEFT_OUT
     norm_placement: Literal["pre", "post", "deepnorm", "sandwich"] = "pre"
-    final_norm: bool | None = None
+    final_norm: Derived[bool] = LEFT_OUT
     deepnorm_alpha: float | int | None = None
     deepnorm_beta: float | int | None = None
     parallel_residual: bool = False
@@ -212,9 +214,9 @@ class MiniLLMConfig(PreTrainedConfig):
     mlp_type: Literal["glu", "mlp", "moe"] = "glu"
     hidden_act: str = "silu"
     mlp_bias: bool = False
-    num_local_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    router_aux_loss_coef: float | int | None = None
+    num_local_experts: Derived[int] = LEFT_OUT
+    num_experts_per_tok: Derived[int] = LEFT_OUT
+    router_aux_loss_coef: Derived[float | int] = LEFT_OUT
     router_jitter_noise: float | int = 0.0
     output_router_logits: bool = False
 
@@ -228,7 +230,7 @@ class MiniLLMConfig(PreTrainedConfig):
     scale_residual_init: bool = False
 
     # transformers' own
-    use_cache: bool | None = None
+    use_cache: Derived[bool] = LEFT_OUT
     skip_logits: bool | None = False
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
@@ -263,7 +265,9 @@ class MiniLLMConfig(PreTrainedConfig):
             self.rope_parameters = None
         rope = self._take_rope(kwargs, saved)
         # On the instance, since transformers 5.17 adds to it for tied embeddings.
-        self.base_model_tp_plan = tensor_parallel_plan(self.mlp_type, self.qk_norm)
+        self.base_model_tp_plan = tensor_parallel_plan(  # pyright: ignore[reportAttributeAccessIssue]
+            self.mlp_type, self.qk_norm
+        )
         super().__post_init__(**kwargs)
         fields = vars(self)
         if not rope:
@@ -311,7 +315,7 @@ class MiniLLMConfig(PreTrainedConfig):
         """Fills in the fields that follow from others where nobody has set them."""
         fields = vars(self)
         fields["derived_fields"] = derive(fields, self._derived())
-        self.base_model_tp_plan = followed_plan(self.base_model_tp_plan, fields)
+        self.base_model_tp_plan = followed_plan(self.base_model_tp_plan, fields)  # pyright: ignore[reportAttributeAccessIssue]
 
     def validate_architecture(self) -> None:
         """Checks the fields against one another; runs when the config is made and again when a model is built or the
@@ -347,8 +351,10 @@ class MiniLLMConfig(PreTrainedConfig):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> "MiniLLMConfig":
+        """As in transformers; with `return_unused_kwargs=True` a pair, which its annotation leaves out, too.
 
         Raises:
             ValueError: for a file that holds no config, or one that `from_dict` refuses; the message names its place.
@@ -391,7 +397,7 @@ class MiniLLMConfig(PreTrainedConfig):
         return found
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MiniLLMConfig":
         """Builds a config from the dictionary of a saved one and overrides for it, which `from_pretrained` and the
         Auto classes pass on.
 
@@ -470,15 +476,17 @@ class MiniLLMConfig(PreTrainedConfig):
             overrides: fields that replace the preset's.
 
         Raises:
-            ValueError: if there is no such preset (the message lists them all).
+            ValueError: if there is no such preset (the message names those that are spelt alike).
             ImportError: in the copy of this code beside a saved model, which has no presets.
         """
         if not PRESETS:
             raise ImportError("presets come with the plug-in: `pip install minillm-hf`, then `import minillm`")
         if name not in PRESETS:
-            close = difflib.get_close_matches(str(name), PRESETS, 1)
-            hint = f" did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown preset {name!r};{hint} available: {', '.join(sorted(PRESETS))}")
+            close = " or ".join(repr(each) for each in difflib.get_close_matches(str(name), PRESETS, 3))
+            hint = f"did you mean {close}? " if close else ""
+            raise ValueError(
+                f"unknown preset {name!r}: {hint}`minillm presets` and `minillm.configuration.PRESETS` list them all"
+            )
         return cls(**{**copy.deepcopy(PRESETS[name].fields), **overrides})
 
     @classmethod
@@ -490,19 +498,40 @@ class MiniLLMConfig(PreTrainedConfig):
 
         Args:
             tokenizer: a tokenizer of transformers.
-            preset: name of a preset to start from; left out: the defaults.
+            preset: name of a preset to start from; left out: the defaults. Ids of its blanks and start token are left
+                out where the vocabulary does not have them all: they are another tokenizer's.
             fields: other fields, and those of the four that are to differ, e.g. a `vocab_size` rounded up.
 
         Raises:
-            ValueError: if `vocab_size` is given and has no room for all of the tokenizer's ids, or there is no such
-                preset.
+            TypeError: if it is no tokenizer of transformers.
+            ValueError: if `vocab_size` is given and has no room for all of the tokenizer's ids, if the id of a special
+                token is given that the vocabulary does not have, or there is no such preset.
         """
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            found = repr(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else type(tokenizer).__name__
+            raise TypeError(
+                f"`tokenizer` must be a tokenizer of transformers, not {found}: load one by "
+                "`AutoTokenizer.from_pretrained(...)`; one of the library tokenizers becomes one by "
+                "`PreTrainedTokenizerFast(tokenizer_object=...)`"
+            )
         needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
-        if fields.get("vocab_size", needed) < needed:
+        vocab_size = fields.get("vocab_size", needed)
+        if vocab_size < needed:
             raise ValueError(
-                f"`vocab_size={fields['vocab_size']}` has no room for the {needed} ids of the tokenizer: leave it "
-                f"out, or give at least {needed}"
+                f"`vocab_size={vocab_size}` has no room for the {needed} ids of the tokenizer: leave it out, or give "
+                f"at least {needed}"
+            )
+        for name, token_id in ids_outside(fields, vocab_size):
+            raise ValueError(
+                f"`{name}={token_id}` lies outside the vocabulary of `vocab_size={vocab_size}` ids: give the id of a "
+                "token that the tokenizer has, or leave it out"
             )
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         fields = {"vocab_size": needed, **ids, **fields}
-        return cls(**fields) if preset is None else cls.from_preset(preset, **fields)
+        if preset is None:
+            return cls(**fields)
+        own = PRESETS[preset].fields if preset in PRESETS else {}
+        foreign = {name: own[name] for name in TOKEN_FIELDS if name in own and name not in fields}
+        if any(ids_outside(foreign, vocab_size)):
+            fields |= dict.fromkeys(foreign)
+        return cls.from_preset(preset, **fields)

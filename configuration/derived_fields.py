@@ -9,9 +9,25 @@ an assignment, an override at loading, or an edit of the saved dictionary.
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Optional, TypeVar
 
 from minillm.configuration.feed_forward_fields import FEED_FORWARD_RULES, MLP_PLANS
+
+FieldT = TypeVar("FieldT")
+
+if TYPE_CHECKING:
+
+    class Derived(Generic[FieldT]):
+        """The type of a field that may be left out, and has a value in every config."""
+
+        def __get__(self, config: object, owner: type | None = None) -> FieldT: ...
+
+        def __set__(self, config: object, value: FieldT | None) -> None: ...
+
+else:
+    Derived = Optional
+
+LEFT_OUT: Any = None
 
 Fields = dict[str, Any]
 """All attributes of a config by name, as `vars(config)` gives them."""

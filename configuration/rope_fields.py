@@ -155,7 +155,8 @@ def check_rope(config: PreTrainedConfig) -> None:
     stock = copy.copy(config)
     # What is not read has been warned of once, which transformers would do at every look.
     vars(stock)["rope_parameters"] = {key: rope[key] for key in rope if key in read}
-    RotaryEmbeddingConfigMixin.validate_rope(stock)
+    # Typed for configs of transformers only.
+    RotaryEmbeddingConfigMixin.validate_rope(stock)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _warn_of_unread(rope: dict[Any, Any], rope_type: str, read: Iterable[str]) -> None:

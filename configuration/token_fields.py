@@ -1,5 +1,6 @@
 """What the ids of special tokens mean together and with the vocabulary."""
 
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,15 +14,21 @@ TOKEN_FIELDS = (
 ).split()
 
 
+def ids_outside(fields: Mapping[str, Any], vocab_size: int) -> Iterator[tuple[str, int]]:
+    """Fields with an id that the vocabulary does not have, and that id."""
+    for name in TOKEN_FIELDS:
+        ids = fields.get(name)
+        for token_id in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token_id, int) and not 0 <= token_id < vocab_size:
+                yield name, token_id
+
+
 def warn_of_tokens(fields: dict[str, Any]) -> None:
     """Warns once of each id that the vocabulary does not have: many published configs carry such ids."""
-    for name in TOKEN_FIELDS:
-        ids = fields[name]
-        for token_id in ids if isinstance(ids, list) else [ids]:
-            if token_id is not None and not 0 <= token_id < fields["vocab_size"]:
-                logger.warning_once(
-                    f"`{name}={token_id}` lies outside the vocabulary of `vocab_size={fields['vocab_size']}` ids."
-                )
+    for name, token_id in ids_outside(fields, fields["vocab_size"]):
+        logger.warning_once(
+            f"`{name}={token_id}` lies outside the vocabulary of `vocab_size={fields['vocab_size']}` ids."
+        )
 
 
 def token_conflicts(config: SimpleNamespace) -> list[tuple[bool, str]]:

@@ -33,7 +33,9 @@ from minillm.conversion.files import (
 MAX_SHARD_SIZE = "2GB"
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # As safetensors spells them, and torch.
-WEIGHT_KINDS = dict(zip("F64 F32 F16 BF16 float64 float32 float16 bfloat16".split(), WEIGHT_DTYPES * 2, strict=True))
+WEIGHT_KINDS: dict[str, torch.dtype] = dict(
+    zip("F64 F32 F16 BF16 float64 float32 float16 bfloat16".split(), WEIGHT_DTYPES * 2, strict=True)
+)
 
 
 class Checkpoint:

@@ -166,7 +166,7 @@ def compare_conversion(plan: Any, folder: Path, dtype: torch.dtype | None) -> No
             config = family.read_config(plan.raw)
             fits = shapes_of(family.mappings(config)[1]) == shapes
         except ConversionError:
-            fits = False
+            config, fits = None, False
         if not fits:
             raise NotComparableError(f"with {', '.join(plan.overrides)} set otherwise, the family has no such model")
         return MiniLLMForCausalLM.from_pretrained(folder, config=config, dtype=kept)
@@ -201,7 +201,8 @@ def compare_export(
     kept = wide(dtype or widest(checkpoint.kinds, shapes))
 
     def source() -> torch.nn.Module:
-        return MiniLLMForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=dtype or kept).to(kept)
+        model = MiniLLMForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=dtype or kept)
+        return model.to(kept)  # pyright: ignore[reportArgumentType]: transformers wraps it without types
 
     def written() -> torch.nn.Module:
         if family.defaults is not None:

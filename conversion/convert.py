@@ -33,6 +33,7 @@ from minillm.conversion.family import ConversionError, Family, NameMapping, tens
 from minillm.conversion.files import faults_of
 from minillm.conversion.gguf_file import GGUFCheckpoint
 from minillm.conversion.glm_families import BAICHUAN, BAICHUAN2, CHATGLM, CHATGLM2, GLM_130B, GLM_INFILLING
+from minillm.conversion.transforms import Tensors
 from minillm.modeling_minillm import MiniLLMForCausalLM
 from minillm.publishing.cards import CARD_NAME, model_card
 from minillm.publishing.folders import claimed, new_folder, require_apart
@@ -58,7 +59,7 @@ FAMILIES: dict[str, Family] = {
 }
 HEAD = "lm_head.weight"
 
-Step = tuple[tuple[str, ...], tuple[str, ...], Callable[[list[torch.Tensor]], list[torch.Tensor]]]
+Step = tuple[tuple[str, ...], tuple[str, ...], Callable[[Tensors], Tensors]]
 Make = Callable[[str], torch.Tensor]
 Progress = Callable[[int, int], None]
 """Called with the number of tensors done and the number of all."""
@@ -191,10 +192,16 @@ class Plan:
 
     def rewriter(self, dtype: torch.dtype | None) -> Rewriter:
         steps = (
-            (mapping.native, mapping.minillm, partial(mapping.transform.to_minillm, config=self.config))
+            (mapping.native, mapping.minillm, given(self.config, mapping.transform.to_minillm))
             for mapping in self.mappings
         )
         return Rewriter(steps, lambda name: finite_tensor(self.checkpoint, self.source_names[name]), dtype)
+
+
+def given(
+    config: MiniLLMConfig, transform: Callable[[Tensors, MiniLLMConfig], Tensors]
+) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: transform(tensors, config)
 
 
 def native_shapes(
@@ -371,7 +378,7 @@ def export(
     native = {}
     for mapping in mappings:
         native |= native_shapes(mapping, shapes, config)
-    steps = ((m.minillm, m.native, partial(m.transform.to_native, config=config)) for m in mappings)
+    steps = ((m.minillm, m.native, given(config, m.transform.to_native)) for m in mappings)
     make = counted(Rewriter(steps, partial(finite_tensor, checkpoint), dtype), len(native), progress)
     with new_folder(out, target.model_type, overwrite) as folder:
         kept = dtype or widest(checkpoint.kinds, shapes)

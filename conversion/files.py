@@ -282,7 +282,7 @@ def unpickled(file: Path) -> dict[str, torch.Tensor]:
             value.layout is torch.strided and value.untyped_storage().nbytes() < value.nbytes
         ):
             raise ConversionError(f"{file} lacks the content of `{name}`, of shape {list(value.shape)}")
-    return content
+    return dict(content)
 
 
 def kind_of(tensor: torch.Tensor) -> str:

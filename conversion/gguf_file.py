@@ -52,13 +52,14 @@ class GGUFCheckpoint:
             passed_over = unread(file, reader)
             native = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             require_held(file, native, {tensor.name: tensor.shape.tolist() for tensor in reader.tensors})
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
             )
+            model, info = loaded
             self.tokenizer = read_tokenizer(file, reader, model.config.vocab_size)
         except ConversionError:
             raise

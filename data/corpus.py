@@ -2,25 +2,27 @@
 
 import ast
 import hashlib
+import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from minillm.data.containers import CorpusError
+from minillm.data.records import Example, Text, read_examples
+
 logger = logging.get_logger(__name__)
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 # A lone file is cut in parts of about this many characters, so that some can be held out.
 PART_LENGTH = 8192
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be used; the message names the path and the reason."""
+# Where a line that is longer may be cut: after a blank, or a mark that needs none behind it.
+BREAK = re.compile(r"\s|[。！？；，、]")
 
 
 class TextDocument(NamedTuple):
@@ -54,81 +56,96 @@ def _read_source(path: Path) -> str:
         return ""
 
 
-def load_corpus(path: str | Path | None = None) -> list[TextDocument]:
-    """The documents of a text file or of all text files below a folder (UTF-8); without a path the standard library.
+def load_corpus(
+    path: str | Path | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    format: str | None = None,
+    encoding: str = "utf-8",
+) -> list[TextDocument]:
+    """The documents of a file, of all files below a folder, or of a data set by name; None: the standard library.
 
-    Hidden files and folders are left out. In a folder, what is no text (also broken links, pipes and sockets) is
-    skipped with a warning; a lone file is cut into parts at line ends.
+    A text file is a document; a lone one is cut into parts at line ends. Of files of records (JSON lines, CSV,
+    Parquet, ...) each `text` is one. `read_records` says what is read in which way, and what is skipped.
+
+    Args:
+        path, columns, format, encoding: as `read_examples` takes them.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        CorpusError: a file that cannot be read, a lone file that is empty or no text, a folder without any text, or
-            something else than a file or folder.
+        CorpusError: a file that cannot be read, a lone file that is empty or no text, a folder without any text,
+            records without a text, or something else than a file or folder.
+        ImportError: a library is missing that the kind of file needs.
     """
     if path is None:
         return standard_library()
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"the corpus {path} does not exist")
-    if path.is_file():
-        return cut_document(TextDocument(path.name, _read_text(path)))
-    if not path.is_dir():
-        raise CorpusError(f"the corpus {path} is neither a file nor a folder")
-    return _folder(path)
-
-
-def _folder(root: Path) -> list[TextDocument]:
-    documents, refused = [], []
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        if path.is_dir() or any(part.startswith(".") for part in relative.parts):
-            continue
-        try:
-            documents.append(TextDocument(relative.as_posix(), _read_text(path)))
-        except NotText as error:
-            refused.append(error)
+    examples = cut_lone_file(read_examples(path, columns=columns, format=format, encoding=encoding), path)
+    documents = [TextDocument(example.name, require_text(example)) for example in without_empty(examples)]
     if not documents:
-        reason = f"; {len(refused)} files were skipped, the first because {refused[0]}" if refused else ""
-        raise CorpusError(f"the corpus folder {root} holds no text{reason}")
-    if refused:
-        logger.warning(f"{len(refused)} files of the corpus {root} were skipped, the first because {refused[0]}")
+        raise CorpusError(f"{path} holds nothing but white space")
     return documents
 
 
-class NotText(CorpusError):
-    """Something that is no file, or a file that is empty or not UTF-8 text."""
+def require_text(example: Example) -> str:
+    """The text of an example. CorpusError if it is something else."""
+    if isinstance(example.content, Text):
+        return example.content.text
+    raise CorpusError(
+        f"{example.place} holds no text but a prompt, a conversation or token ids: name the column of a text by "
+        "`columns` (--columns), as text=COLUMN"
+    )
 
 
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise NotText(f"{path} is no file but a broken link or a special one")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not data.strip():
-        raise NotText(f"{path} is empty")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise NotText(f"{path} is not UTF-8 text (byte {error.start})") from error
-    if "\0" in text:
-        raise NotText(f"{path} is binary (a zero byte at {data.index(0)})")
-    return text.replace("\r\n", "\n")
+def cut_lone_file(examples: Iterable[Example], source: str | Path) -> Iterator[Example]:
+    """The examples of a source; those of a text file that is all of it are its parts, so that some can be held out."""
+    is_lone = Path(source).is_file()
+    for example in examples:
+        if not (is_lone and example.is_file):
+            yield example
+            continue
+        for part in cut_document(TextDocument(example.name, require_text(example))):
+            yield example._replace(name=part.name, content=Text(part.text))
+
+
+def without_empty(examples: Iterable[Example]) -> Iterator[Example]:
+    """Examples but for empty texts, whose number a warning tells at the end."""
+    empty, first = 0, ""
+    for example in examples:
+        if isinstance(example.content, Text) and not example.content.text.strip():
+            empty, first = empty + 1, first or example.place
+        else:
+            yield example
+    if empty:
+        logger.warning(f"{empty} texts are empty and are left out, the first at {first}")
 
 
 def cut_document(document: TextDocument, part_length: int = PART_LENGTH) -> list[TextDocument]:
-    """Cuts a document at line ends into parts of at least `part_length` characters, the last one excepted."""
+    """Cuts a document at line ends into parts of at least `part_length` characters, the last one excepted.
+
+    A line that is longer is cut too: after the first blank or Chinese mark behind `part_length` characters, or where
+    twice as many are reached.
+    """
     parts, part, length = [], [], 0
     for line in document.text.splitlines(keepends=True):
-        part.append(line)
-        length += len(line)
-        if length >= part_length:
-            parts.append("".join(part))
-            part, length = [], 0
+        for piece in _cut_line(line, part_length):
+            part.append(piece)
+            length += len(piece)
+            if length >= part_length:
+                parts.append("".join(part))
+                part, length = [], 0
     if part:
         parts.append("".join(part))
     return [TextDocument(f"{document.name}#{number}", part) for number, part in enumerate(parts)]
+
+
+def _cut_line(line: str, part_length: int) -> Iterator[str]:
+    start = 0
+    while len(line) - start > 2 * part_length:
+        found = BREAK.search(line, start + part_length - 1, start + 2 * part_length)
+        stop = found.end() if found else start + 2 * part_length
+        yield line[start:stop]
+        start = stop
+    yield line[start:]
 
 
 def split_corpus(
@@ -143,18 +160,28 @@ def split_corpus(
         ValueError: `held_out` out of range.
         CorpusError: fewer than two documents.
     """
+    chosen = held_out_numbers([document.name for document in documents], held_out)
+    train = [document for number, document in enumerate(documents) if number not in chosen]
+    return train, [documents[number] for number in sorted(chosen)]
+
+
+def held_out_numbers(names: Sequence[str], held_out: float = 0.05) -> set[int]:
+    """Which documents of these names `split_corpus` holds out, by their numbers.
+
+    Raises:
+        ValueError, CorpusError: as `split_corpus`.
+    """
     if not 0.0 < held_out < 1.0:
         raise ValueError(f"`held_out` is {held_out}; needed: 0 < held_out < 1")
-    if len(documents) < 2:
+    if len(names) < 2:
         raise CorpusError(
-            f"a corpus of {len(documents)} document(s) cannot be split into training and held-out text: it needs two "
-            f"files, or one file of more than {PART_LENGTH} characters"
+            f"a corpus of {len(names)} document(s) cannot be split into training and held-out text: it needs two "
+            f"files or records, or one text file of more than {PART_LENGTH} characters"
         )
-    ordered = sorted(documents, key=lambda document: name_hash(document.name))
-    count = sum(name_hash(document.name) < held_out for document in documents)
-    chosen = {document.name for document in ordered[: min(max(count, 1), len(documents) - 1)]}
-    train = [document for document in documents if document.name not in chosen]
-    return train, [document for document in documents if document.name in chosen]
+    hashes = [name_hash(name) for name in names]
+    count = sum(number < held_out for number in hashes)
+    ordered = sorted(range(len(names)), key=hashes.__getitem__)
+    return set(ordered[: min(max(count, 1), len(names) - 1)])
 
 
 def name_hash(name: str) -> float:

@@ -19,7 +19,7 @@ MADE_BY_COLLATORS = ("position_ids", "prefix_mask", "block_position_ids")
 
 
 class NothingToScoreError(ValueError):
-    """A batch or a data set without one token to score."""
+    """A batch or a data set without one token to score, or a sample without any token."""
 
 
 class Piece(NamedTuple):
@@ -80,8 +80,9 @@ def read_ids(sample: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             `completion_mask`, each as long as `input_ids`.
 
     Raises:
-        ValueError: no or empty `input_ids`, ids that are no integers or negative, a column of another length, or a
-            field that a collator makes itself (`position_ids`, `block_position_ids`, `prefix_mask` of a loose sample).
+        NothingToScoreError: empty `input_ids`, or padding alone.
+        ValueError: no `input_ids`, ids that are no integers or negative, a column of another length, or a field that a
+            collator makes itself (`position_ids`, `block_position_ids`, `prefix_mask` of a loose sample).
     """
     if not isinstance(sample, Mapping):
         sample = {"input_ids": sample}
@@ -103,7 +104,7 @@ def read_ids(sample: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     real = columns.pop("attention_mask", np.ones_like(ids)) != 0
     ids = ids[real]
     if len(ids) == 0:
-        raise ValueError("a sample has no tokens: its `input_ids` are empty or all padding")
+        raise NothingToScoreError("a sample has no tokens: its `input_ids` are empty or all padding")
     if ids.min() < 0:
         raise ValueError(f"`input_ids` hold the negative id {ids.min()}")
     return ids, {name: column[real] for name, column in columns.items()}

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -63,6 +63,12 @@ class PackedRows(Dataset):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> Row: ...
+
+    @overload
+    def __getitem__(self, key: slice | Sequence[SupportsIndex]) -> list[Row]: ...
 
     def __getitem__(self, key: Any) -> Row | list[Row]:
         if isinstance(key, slice):
@@ -188,9 +194,8 @@ def encode(rows: Sequence[list[Piece]]) -> Any:
         "document_lengths": pa.array(lengths, pa.list_(pa.int32())),
     }
     # Some rows may have been packed before, with prefixes of their own.
-    prompts = [
-        None if row[0].prefix_mask is None else np.concatenate([piece.prefix_mask for piece in row]) for row in rows
-    ]
+    masks: list[list[Any]] = [[piece.prefix_mask for piece in row] for row in rows]
+    prompts = [None if of_row[0] is None else np.concatenate(of_row) for of_row in masks]
     fixed = [row for row in prompts if row is not None]
     if fixed:
         least, most = min(int(row.min()) for row in fixed), max(int(row.max()) for row in fixed)

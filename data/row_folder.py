@@ -33,8 +33,8 @@ def pack_into(
 
     Args:
         folder: what others keep in it stays.
-        samples: a sequence or a stream, from its beginning in every call. A complete folder is opened without reading
-            a stream; of a sequence the length and the first samples of each window are compared.
+        samples: a sequence or a stream, from its beginning in every call. Of a sequence the length and the first
+            samples of each window are compared with a complete folder, of a stream its first samples alone.
         pack: makes rows of the samples of a window.
         settings: all that decides the rows beside `window_tokens`, as JSON can hold it.
         window_tokens: a window ends with the sample that completes so many.
@@ -84,8 +84,8 @@ def is_complete(folder: Path, source: "Source", settings: dict[str, Any]) -> boo
         told = ", ".join(f"`{name}` was {then.get(name)!r:.80}, now {now.get(name)!r:.80}" for name in names)
         raise ValueError(f"{folder} holds rows of other settings ({told}): repeat them, or choose another folder")
     source.check_length(manifest)
-    if manifest.complete and source.length is not None:
-        source.behind(manifest)
+    if manifest.complete:
+        source.check_starts(manifest)
     return manifest.complete
 
 
@@ -151,10 +151,10 @@ class Source:
     """Samples to pack, which are compared with those that a folder was packed from."""
 
     def __init__(self, samples: Iterable[Any], folder: Path) -> None:
-        self.samples = samples
+        self.samples: Any = samples
         self.folder = folder
         is_sequence = hasattr(samples, "__len__") and hasattr(samples, "__getitem__")
-        self.length: int | None = len(samples) if is_sequence else None
+        self.length: int | None = len(self.samples) if is_sequence else None
 
     def check_length(self, manifest: Manifest) -> None:
         then = manifest.source_length
@@ -162,6 +162,15 @@ class Source:
             then = manifest.samples
         if None not in (then, self.length) and then != self.length:
             raise self._other(f"it had {then:,} samples, this one has {self.length:,}")
+
+    def check_starts(self, manifest: Manifest) -> None:
+        """ValueError if the samples are others, by the first of each file; of a stream, which would have to be read as
+        far, by the first of all."""
+        if self.length is not None:
+            self.behind(manifest)
+        else:
+            shard = manifest.shards[0]
+            self._compare(list(islice(self.samples, min(FIRST_SAMPLES, shard.samples))), shard, 0)
 
     def behind(self, manifest: Manifest) -> Iterator[Any]:
         """The samples that are in no complete file. ValueError if those that are differ, by the first of each file."""
@@ -172,12 +181,16 @@ class Source:
                 first = [self.samples[index] for index in range(start, start + looked)]
             else:
                 first = list(islice(stream, looked))
-            if fingerprint(first) != shard.first:
-                raise self._other(f"its samples {start} to {start + looked - 1} are others, or missing")
+            self._compare(first, shard, start)
             if stream is not None:
                 deque(islice(stream, shard.samples - looked), maxlen=0)
             start += shard.samples
-        return (self.samples[index] for index in range(start, self.length)) if stream is None else stream
+        return (self.samples[index] for index in range(start, len(self.samples))) if stream is None else stream
+
+    def _compare(self, first: list[Any], shard: Shard, start: int) -> None:
+        if fingerprint(first) != shard.first:
+            last = start + min(FIRST_SAMPLES, shard.samples) - 1
+            raise self._other(f"its samples {start} to {last} are others, or missing")
 
     def _other(self, reason: str) -> ValueError:
         return ValueError(

@@ -77,8 +77,8 @@ def corrupt(
     """
     text = np.asarray(input_ids, np.int64).tolist()
     edges = np.asarray(spans, np.int64).reshape(-1, 2).tolist()
-    order = list(range(len(edges))) if order is None else np.asarray(order, np.int64).tolist()
-    _check(edges, order, len(text))
+    turns = list(range(len(edges))) if order is None else np.asarray(order, np.int64).tolist()
+    _check(edges, turns, len(text))
     context, blanks, done = [], [], 0
     for start, stop in edges:
         context += text[done:start]
@@ -86,7 +86,7 @@ def corrupt(
         context.append(mask_token_id)
         done = stop
     context += text[done:]
-    fills = [(blanks[number], text[slice(*edges[number])]) for number in order]
+    fills = [(blanks[number], text[slice(*edges[number])]) for number in turns]
     row = lay_out_row(context, fills, sop_token_id, eop_token_id, [mask_token_id] if counting else [])
     columns = (row.input_ids, row.labels, row.position_ids, row.block_position_ids)
     return GLMSample(*(np.array(column, np.int64) for column in columns), context_length=len(context))

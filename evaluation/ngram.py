@@ -99,7 +99,7 @@ def ngram_perplexity(
     return PerplexityResult.from_sum(float(total), count)
 
 
-def _ids(values: Sequence[int], vocab_size: int) -> np.ndarray:
+def _ids(values: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
     ids = np.asarray(values, np.int64)
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"token ids run from {ids.min()} to {ids.max()}; the vocabulary has 0 to {vocab_size - 1}")

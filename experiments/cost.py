@@ -38,6 +38,11 @@ class Cost(NamedTuple):
         training step takes three times as many. `keys`: how many keys a token looks at on average."""
         return 2 * self.multiplied + self.attention_flops * keys
 
+    def training_flops(self, keys: float = 0, frozen: bool = False) -> float:
+        """Floating-point operations of a token in a training step. With `frozen` weights, below an adapter, their
+        gradients are not computed; the adapter's own are left out."""
+        return (2 if frozen else 3) * self.forward_flops(keys)
+
     @property
     def training_bytes(self) -> int:
         """Bytes of weights, gradients and AdamW's moments in float32; activations come on top."""

@@ -12,7 +12,18 @@ from minillm.import_hooks import after_import
 from minillm.version import __version__
 
 if TYPE_CHECKING:
-    from minillm import configuration, conversion, data, evaluation, publishing, tokenization, training
+    from minillm import (
+        cli,
+        configuration,
+        conversion,
+        data,
+        evaluation,
+        experiments,
+        plugin,
+        publishing,
+        tokenization,
+        training,
+    )
     from minillm.configuration.configuration_minillm import MiniLLMConfig
     from minillm.modeling_minillm import (
         MiniLLMForCausalLM,
@@ -35,19 +46,33 @@ __all__ = [
     "MiniLLMPreTrainedModel",
     "MiniLLMTokenizer",
     "__version__",
+    "cli",
     "configuration",
     "conversion",
     "data",
     "evaluation",
+    "experiments",
     "find_prompts",
     "number_prompts",
+    "plugin",
     "publishing",
     "tokenization",
     "training",
 ]
 
 _LOCK = threading.RLock()
-_ROOMS = ("configuration", "conversion", "data", "evaluation", "publishing", "tokenization", "training")
+_ROOMS = (
+    "cli",
+    "configuration",
+    "conversion",
+    "data",
+    "evaluation",
+    "experiments",
+    "plugin",
+    "publishing",
+    "tokenization",
+    "training",
+)
 _MODULES = {
     "MiniLLMConfig": "configuration.configuration_minillm",
     "MiniLLMTokenizer": "tokenization.tokenization_minillm",
@@ -57,7 +82,7 @@ _MODULES = {
 """Where a public name comes from, if not from `modeling_minillm`."""
 
 
-def __getattr__(name: str) -> Any:
+def _find(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # One thread at a time: of two that import the same files in another order, one would meet them half imported.
@@ -67,6 +92,11 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'modeling_minillm')}"), name)
         globals()[name] = value
         return value
+
+
+# A type checker that saw this function would take any name for a public one.
+if not TYPE_CHECKING:
+    __getattr__ = _find
 
 
 def __dir__() -> list[str]:

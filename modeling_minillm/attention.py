@@ -16,14 +16,14 @@ from minillm.rotary import apply_rotary, pairs_of
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "MiniLLMAttention",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention that also returns its probabilities.
 
@@ -82,7 +82,7 @@ class MiniLLMAttention(nn.Module):
         attention_mask: Any = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_function: Callable | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends over cached and new tokens.
 
@@ -110,7 +110,7 @@ class MiniLLMAttention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if attention_function is None:
             attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
+                self.config._attn_implementation or "eager", eager_attention_forward
             )
         output, probabilities = attention_function(
             self,

@@ -94,7 +94,7 @@ def attention_inputs(call: Call, paged: bool = False) -> AttentionInputs:
         ValueError: for a back end that cannot honour the variant, or cannot read the caller's own mask.
     """
     # Read once: a name costs transformers six function calls.
-    implementation = call.config._attn_implementation
+    implementation = call.config._attn_implementation or "sdpa"
     check_back_end(call, implementation, paged)
     # Under either name MiniLLM decides by itself what runs in blocks, and keeps documents apart.
     name = "sdpa" if implementation == BLOCKS else implementation
@@ -103,7 +103,7 @@ def attention_inputs(call: Call, paged: bool = False) -> AttentionInputs:
     if own is None:
         return BACK_ENDS[kind_of(implementation)](call, function)
     # A paged cache's own mask spans keys that only the cache knows.
-    return AttentionInputs(function, own) if paged else with_own_mask(call, function)
+    return AttentionInputs(function, own) if paged else with_own_mask(call, function, own)
 
 
 def check_back_end(call: Call, implementation: str, paged: bool) -> None:
@@ -120,7 +120,7 @@ def check_back_end(call: Call, implementation: str, paged: bool) -> None:
     by_positions = restarts is not None and not apart
     is_known = call.given.document_ids is not None or (by_positions and not is_tracing(inputs_embeds))
     check(config, implementation, device, direction, ("documents",) if is_known else ())
-    if by_positions and not is_known:
+    if restarts is not None and not apart and not is_known:
         reason = refusal(config, implementation, device, direction, ("documents",))
         if reason is not None:
             require(~restarts, f"`position_ids` restart, as in packed documents: {reason}")
@@ -174,7 +174,8 @@ def for_others(call: Call, function: Callable) -> AttentionInputs:
         if call.tokens.real is not None:
             require(call.tokens.real, f"`attention_mask` has padding, and {advice}")
     create = create_causal_mask if geometry.is_causal else create_bidirectional_mask
-    mask = create(call.config, call.inputs_embeds, call.given.attention_mask, **{CACHE_NAME: call.cache})
+    keywords: dict[str, Any] = {CACHE_NAME: call.cache}
+    mask = create(call.config, call.inputs_embeds, call.given.padding, **keywords)
     return AttentionInputs(function, mask)
 
 
@@ -189,10 +190,10 @@ BACK_ENDS = {
 """By kind, see `minillm.capabilities.kind_of`."""
 
 
-def with_own_mask(call: Call, function: Callable) -> AttentionInputs:
+def with_own_mask(call: Call, function: Callable, mask: torch.Tensor | BlockMask) -> AttentionInputs:
     """Takes a caller's own 4D mask, boolean or additive [B or 1, 1 or H, Q, K], or flex attention's own kind of mask,
     as the whole mask."""
-    geometry, mask, implementation = call.geometry, call.given.own_mask, call.config._attn_implementation
+    geometry, implementation = call.geometry, call.config._attn_implementation
     kind, dtype = kind_of(implementation), added_dtype(call)
     heads = call.config.num_attention_heads
     check_own_mask(mask, geometry.batch, heads, geometry.query_length, geometry.key_length)
@@ -220,7 +221,8 @@ def with_own_mask(call: Call, function: Callable) -> AttentionInputs:
     if call.heads is not None and mask.shape[1] > 1:
         mask = mask[:, call.heads]
     bias = call.bias()
-    mask = combine(mask.to(dtype) if mask.is_floating_point() else mask, None if bias is None else bias.dense(), dtype)
+    mask = mask.to(dtype) if mask.is_floating_point() else mask
+    mask = mask if bias is None else combine(mask, bias.dense(), dtype)
     return AttentionInputs(masked_sdpa if kind == "sdpa" and is_half(mask) else function, mask)
 
 
@@ -259,10 +261,12 @@ def has_default_positions(geometry: Geometry, tokens: Tokens) -> bool:
 def dense(call: Call) -> torch.Tensor:
     """Mask and bias in one tensor: boolean [B or 1, 1, Q, K], or additive [B or 1, 1 or H, Q, K] with a bias."""
     bias = call.bias()
+    if bias is None:
+        return dense_mask(call.geometry, call.tokens)
     # A single token that sees every key needs no more than its bias.
     sees_all = call.geometry.query_length == 1 and is_plain(call.geometry, call.tokens)
     mask = None if sees_all else dense_mask(call.geometry, call.tokens)
-    return combine(mask, None if bias is None else bias.dense(), added_dtype(call))
+    return combine(mask, bias.dense(), added_dtype(call))
 
 
 def added_dtype(call: Call) -> torch.dtype:
@@ -273,10 +277,8 @@ def added_dtype(call: Call) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if takes_float32 else dtype
 
 
-def combine(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """One additive mask of mask and bias in `dtype`; the mask alone where there is no bias."""
-    if bias is None:
-        return mask
+def combine(mask: torch.Tensor | None, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """One additive mask of mask and bias in `dtype`."""
     bias = bias.to(dtype)
     if mask is None:
         return bias
@@ -296,7 +298,7 @@ def masked_sdpa(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """SDPA under an additive mask of 16 bits, in the dtype of the queries, which its kernels ask for: norms kept in
     float32 make wider queries than the embeddings were."""

@@ -215,7 +215,8 @@ class FlashInParts(torch.autograd.Function):
     ) -> torch.Tensor:
         outputs, sums = [], []
         for parts in mask.blocks:
-            output = total = None
+            output: Any = None
+            total: Any = None
             for part in parts:
                 (queries, keys), added = part.block, fit(mask.scores(part))
                 own, own_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -237,7 +238,9 @@ class FlashInParts(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: torch's is typed for any number
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         given = (ctx.mask, ctx.fit, ctx.scaling)
         of_inputs = FlashInPartsBackward.apply(gradient, *ctx.saved_tensors, *given)
         wanted = (own if needed else None for own, needed in zip(of_inputs, ctx.needs_input_grad, strict=False))
@@ -313,7 +316,7 @@ def blocked_attention_forward(
     attention_mask: BlockedMask,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention under a mask in blocks. An attention function of transformers' form.
 

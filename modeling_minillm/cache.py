@@ -5,6 +5,7 @@ copies. `DynamicCache` itself is kept, and with it what transformers does by its
 """
 
 import warnings
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -79,29 +80,33 @@ class GrowingLayer(DynamicLayer):
         self.shown: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds keys and values [batch, key/value heads, new tokens, head_dim]; returns those of all tokens."""
-        if not self._can_grow(key_states, value_states):
+        held = self._held_to_grow(key_states, value_states)
+        if held is None:
             self._leave_room()
             return super().update(key_states, value_states, *args, **kwargs)
-        total = self.keys.shape[-2] + key_states.shape[-2]
-        if not self._has_room(total):
-            held = self.keys, self.values
+        total = held[0].shape[-2] + key_states.shape[-2]
+        room = self._room_for(total)
+        if room is None:
             self._leave_room()
             capacity = total + max(tuning.least_room, total // 8)
-            self.room = Room(*(part.new_empty((*part.shape[:-2], capacity, part.shape[-1])) for part in held))
-            self.room.add(*held)
-        self.keys, self.values = self.shown = self.room.add(key_states, value_states)
-        return self.shown
+            keys, values = (part.new_empty((*part.shape[:-2], capacity, part.shape[-1])) for part in held)
+            room = self.room = Room(keys, values)
+            room.add(*held)
+        shown = room.add(key_states, value_states)
+        self.keys, self.values = self.shown = shown
+        return shown
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows [beams] in the place of those held, which are copied once, with the room behind them."""
-        if not self._shows_room():
+        room = self._shown_room()
+        if room is None:
             super().reorder_cache(beam_idx)
             return
-        rows, filled = beam_idx.to(self.keys.device), self.room.filled
-        self.room = Room(self.room.keys.index_select(0, rows), self.room.values.index_select(0, rows), filled)
+        rows = beam_idx.to(room.keys.device)
+        self.room = Room(room.keys.index_select(0, rows), room.values.index_select(0, rows), room.filled)
         self.keys, self.values = self.shown = self.room.written()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -127,26 +132,32 @@ class GrowingLayer(DynamicLayer):
         """Holds on to no memory but that of `keys` and `values`."""
         self.room = self.shown = None
 
-    def _can_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether new tokens may be written beside those held: not in a graph of gradients or of a compiler, which
-        keep what they have seen, and not where joining them would convert or refuse them."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_initialized:
-            return False
-        if self.keys.ndim != 4 or self.keys.numel() < tuning.growing_elements:
-            return False
-        return fits(key_states, self.keys) and fits(value_states, self.values)
+    def _held_to_grow(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values held, if new tokens may be written beside them: not in a graph of gradients or of a
+        compiler, which keep what they have seen, and not where joining them would convert or refuse them."""
+        keys, values = self.keys, self.values
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or keys is None or values is None:
+            return None
+        if not self.is_initialized or keys.ndim != 4 or keys.numel() < tuning.growing_elements:
+            return None
+        return (keys, values) if fits(key_states, keys) and fits(value_states, values) else None
 
-    def _has_room(self, total: int) -> bool:
-        """Whether there is a place for a total of tokens that may be written in this mode."""
-        if not self._shows_room() or self.room.keys.shape[-2] < total:
-            return False
-        return torch.is_inference_mode_enabled() or not self.room.keys.is_inference()
+    def _room_for(self, total: int) -> Room | None:
+        """The room, if it has a place for a total of tokens that may be written in this mode."""
+        room = self._shown_room()
+        if room is None or room.keys.shape[-2] < total:
+            return None
+        return room if torch.is_inference_mode_enabled() or not room.keys.is_inference() else None
 
-    def _shows_room(self) -> bool:
-        """Whether the tokens held are those that this layer showed last, with nothing written behind them."""
-        if self.room is None or self.keys is not self.shown[0] or self.values is not self.shown[1]:
-            return False
-        return self.room.filled == self.keys.shape[-2]
+    def _shown_room(self) -> Room | None:
+        """The room, if the tokens held are those that this layer showed last, with nothing written behind them."""
+        if self.room is None or self.shown is None:
+            return None
+        keys, values = self.shown
+        is_shown = self.keys is keys and self.values is values and self.room.filled == keys.shape[-2]
+        return self.room if is_shown else None
 
 
 def with_room(cache: Cache | None) -> Cache | None:

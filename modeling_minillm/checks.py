@@ -37,8 +37,8 @@ class GivenTokens(NamedTuple):
     @property
     def padding(self) -> torch.Tensor | None:
         """The mask, where it is one of padding [B, slots]."""
-        is_padding = self.attention_mask is not None and len(self.attention_mask.shape) == 2
-        return self.attention_mask if is_padding else None
+        mask = self.attention_mask
+        return None if mask is None or isinstance(mask, BlockMask) or len(mask.shape) != 2 else mask
 
     @property
     def own_mask(self) -> torch.Tensor | BlockMask | None:
@@ -56,7 +56,7 @@ def require(ok: torch.Tensor, message: str) -> None:
     RuntimeError, on CUDA and in a traced graph; not at all within transforms of functions."""
     if is_tracing(ok) or ok.device.type == "cuda":
         if ok.device.type in ASSERTING_DEVICES and not is_transformed():
-            torch._assert_async(ok.all(), message)
+            torch._assert_async(ok.all(), message)  # pyright: ignore[reportPrivateImportUsage]
     elif ok.device.type == "cpu" and not is_transformed() and not bool(ok.all()):
         raise ValueError(message)
 
@@ -74,9 +74,11 @@ def extremes(tensor: torch.Tensor) -> tuple[float, float] | None:
     return least.item(), largest.item()
 
 
-def require_tensor(name: str, value: torch.Tensor) -> None:
+def require_tensor(name: str, value: Any) -> torch.Tensor:
+    """Returns `value`, or raises ValueError."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"`{name}` is a {type(value).__name__}; expected a tensor")
+    return value
 
 
 def require_integers(name: str, tensor: torch.Tensor, allow_bool: bool = False) -> None:
@@ -104,19 +106,20 @@ def check_tokens(
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     given: GivenTokens | None = None,
-) -> None:
-    """`input_ids` [B, Q] or `inputs_embeds` [B, Q, hidden], and the kind of what else was `given` about each token."""
+) -> torch.Tensor:
+    """Checks `input_ids` [B, Q] or `inputs_embeds` [B, Q, hidden], and the kind of what else was `given` about each
+    token; returns the one of both that there is."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
     if input_ids is not None:
-        name, tokens, expected = "input_ids", input_ids, "[batch, tokens]"
-        require_tensor(name, tokens)
+        name, expected = "input_ids", "[batch, tokens]"
+        tokens = require_tensor(name, input_ids)
         if tokens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"`{name}` has dtype {tokens.dtype}; expected int64 or int32")
         right = tokens.ndim == 2
     else:
-        name, tokens, expected = "inputs_embeds", inputs_embeds, f"[batch, tokens, {config.hidden_size}]"
-        require_tensor(name, tokens)
+        name, expected = "inputs_embeds", f"[batch, tokens, {config.hidden_size}]"
+        tokens = require_tensor(name, inputs_embeds)
         if not tokens.is_floating_point():
             raise ValueError(f"`{name}` has dtype {tokens.dtype}; expected a floating-point type")
         right = tokens.ndim == 3 and tokens.shape[-1] == config.hidden_size
@@ -126,6 +129,7 @@ def check_tokens(
         tensor = getattr(given, name)
         if tensor is not None:
             require_integers(name, tensor, allow_bool=name == "prefix_mask")
+    return tokens
 
 
 def check_attention_mask(mask: torch.Tensor | BlockMask | None) -> None:
@@ -301,7 +305,7 @@ def read_answer_spans(
     none."""
     if (start_positions is None) != (end_positions is None):
         raise ValueError("give both of `start_positions` and `end_positions`, or neither")
-    if start_positions is None:
+    if start_positions is None or end_positions is None:
         return None, None
     spans = []
     for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):

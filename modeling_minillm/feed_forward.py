@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import use_experts_implementation
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.normalization import identity

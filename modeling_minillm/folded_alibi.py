@@ -4,7 +4,7 @@ Shapes: B batch, H heads, K tokens, D channels of a head, C channels of the bias
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -99,7 +99,7 @@ def folded_attention_forward(
     value: torch.Tensor,
     attention_mask: None,
     position_bias: FoldedBias,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SDPA, plainly causal, over queries [B, H, K, D] and keys and values [B, key/value heads, K, D] that are widened
     by the channels of the bias. An attention function of transformers' form.

@@ -26,7 +26,9 @@ NEEDED = ("accum_dtype", "compute_gradients", "weight_requires_grad", "chunk_mem
 def find_liger() -> Callable[..., Sequence[Any]] | str:
     """Liger's function, or why there is none to be used."""
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
+        from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+            fused_linear_cross_entropy_forward,
+        )
     except Exception as error:  # Nobody asked for it: what is broken there must not stop a training here.
         return str(error)
     missing = [name for name in NEEDED if name not in inspect.signature(fused_linear_cross_entropy_forward).parameters]
@@ -59,20 +61,23 @@ def liger_cross_entropy(
     ignore_index: int,
     chunk: int,
     needed: Sequence[bool],
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """As `minillm.loss.chunked_cross_entropy`, with sums over chunks in float32 as there.
 
     Raises:
+        ImportError: without Liger's kernel.
         IndexError: for targets outside the vocabulary, where Liger would read and write outside its memory.
     """
-    vocabulary = weight.shape[0]
+    function, vocabulary = find_liger(), weight.shape[0]
+    if isinstance(function, str):
+        raise ImportError(function)
     if not ((target == ignore_index) | ((target >= 0) & (target < vocabulary))).all():
         raise IndexError(f"labels must be {ignore_index} or from 0 to {vocabulary - 1}")
     # Liger counts in multiples of `hidden`, and rounds up to a power of two; of each logit it keeps two bytes in half
     # precision, where torch holds eight.
     multiple = max(1, chunk * vocabulary // hidden.numel())
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever the tensors say.
-        total, *_, of_hidden, of_weight, of_bias = find_liger()(
+        total, *_, of_hidden, of_weight, of_bias = function(
             hidden,
             weight,
             target,
@@ -85,4 +90,5 @@ def liger_cross_entropy(
             chunk_mem_const=multiple,
         )
     gradients = of_hidden, of_weight, of_bias
-    return total, *(each if wanted else None for each, wanted in zip(gradients, needed, strict=True))
+    of_hidden, of_weight, of_bias = (each if wanted else None for each, wanted in zip(gradients, needed, strict=True))
+    return total, of_hidden, of_weight, of_bias

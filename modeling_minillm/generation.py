@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from minillm.cache import CACHE_NAME
 from minillm.capabilities import check, refusal
 from minillm.checks import check_prompts, require, require_integers
-from minillm.infilling import continue_positions, glm_inputs
+from minillm.configuration.configuration_minillm import MiniLLMConfig
+from minillm.infilling import continue_positions, glm_inputs, has_two_axes
 from minillm.position_schemes import POSITION_BIASES
 from minillm.prompts import find_prompts, number_prompts
 
@@ -20,8 +23,14 @@ ASSISTANT_PREFIX = "assistant_prefix_mask"
 """The keyword under which an assistant model is handed the prefix of the first prompt."""
 
 
-class MiniLLMGenerationMixin:
-    """Hooks of transformers' `GenerationMixin` for prefix attention and for masks in fixed-size caches."""
+class MiniLLMGenerationMixin(PreTrainedModel, GenerationMixin):
+    """Hooks of transformers' `GenerationMixin` for prefix attention and for masks in fixed-size caches.
+
+    Methods of `GenerationMixin` are typed for transformers' own models only, so that a type checker finds some of them
+    in no other class.
+    """
+
+    config: MiniLLMConfig
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
@@ -39,7 +48,7 @@ class MiniLLMGenerationMixin:
         if not bool((inputs_tensor == config.sop_token_id).any()):
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         # With one axis the text after [gMASK] simply goes on (GLM-130B); with two it has the second to itself.
-        counting = () if self._has_two_axes() else (config.gmask_token_id,)
+        counting = () if has_two_axes(config) else (config.gmask_token_id,)
         padding = model_kwargs.get("attention_mask")
         inputs = glm_inputs(inputs_tensor, blanks, config.sop_token_id, padding, counting)
         model_kwargs |= {"prefix_mask": inputs.prefix_mask, "block_position_ids": inputs.block_position_ids}
@@ -54,7 +63,7 @@ class MiniLLMGenerationMixin:
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Runs once per `generate()`, before beams, caches and candidates: puts the prompt's prefix in the kwargs."""
         embeds = model_kwargs.get("inputs_embeds")
-        prompt = embeds if input_ids is None or (input_ids.shape[-1] == 0 and embeds is not None) else input_ids
+        prompt: Any = embeds if input_ids is None or (input_ids.shape[-1] == 0 and embeds is not None) else input_ids
         self._check_per_token(prompt, model_kwargs)
         mask = model_kwargs.get("prefix_mask")
         first_prompt = model_kwargs.pop(ASSISTANT_PREFIX, None)
@@ -69,7 +78,7 @@ class MiniLLMGenerationMixin:
             padding = model_kwargs.get("attention_mask")
             padding = padding if padding is not None and padding.shape == mask.shape else None
             model_kwargs["prefix_mask"] = self._numbered(mask, padding)
-        return super()._expand_inputs_for_generation(
+        return super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
@@ -88,7 +97,7 @@ class MiniLLMGenerationMixin:
             if token is not None
         }
         padding = attention_mask if attention_mask is not None and attention_mask.shape == prompt.shape else None
-        return find_prompts(prompt, config.answer_start_token_id, config.turn_token_ids, ends, padding)
+        return find_prompts(prompt, config.answer_start_token_id, config.turn_token_ids or (), sorted(ends), padding)
 
     @staticmethod
     def _numbered(mask: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
@@ -131,12 +140,12 @@ class MiniLLMGenerationMixin:
         same_tokens = kwargs.get("assistant_tokenizer") is None
         if mask is not None and same_tokens and getattr(assistant.config, "attention_type", None) == "prefix":
             own[ASSISTANT_PREFIX] = mask
-        return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)
+        return super()._get_candidate_generator(  # pyright: ignore[reportAttributeAccessIssue]
+            *args, model_kwargs=own, **kwargs
+        )
 
-    def _has_two_axes(self) -> bool:
-        return self.config.position_embedding_type == "glm_2d" or self.config.rope_2d
-
-    def prepare_inputs_for_generation(
+    # transformers hands down all but the ids by keyword.
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: torch.LongTensor,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -147,7 +156,9 @@ class MiniLLMGenerationMixin:
     ) -> dict[str, Any]:
         """Cuts the prefix to the tokens that go in, and leaves it out beyond the prompt. Python integers only, so that
         a compiled decoding step neither synchronises nor recompiles."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         going_in = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
         count = going_in.shape[1]
         total = self._total_length(kwargs, count)
@@ -189,7 +200,9 @@ class MiniLLMGenerationMixin:
         return torch.nn.functional.pad(attention_mask, (0, max(0, missing)))
 
     @property
-    def init_continuous_batching(self) -> Callable[..., Any]:
+    def init_continuous_batching(  # pyright: ignore[reportIncompatibleMethodOverride]: a property can be absent
+        self,
+    ) -> Callable[..., Any]:
         """transformers' own, absent where a paged cache cannot serve the variant: `transformers serve` looks for it,
         and answers request by request without it."""
         reason = refusal(self.config, "paged")
@@ -212,7 +225,9 @@ class MiniLLMGenerationMixin:
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
     ) -> None:
         """Refuses, before any work is done, what would come out wrong."""
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        super()._validate_generation_mode(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_mode, generation_config, generation_mode_kwargs
+        )
         check(self.config, self.config._attn_implementation, self.device.type, "generate")
         if self.config.attention_type == "bidirectional":
             raise ValueError(

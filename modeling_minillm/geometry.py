@@ -52,7 +52,7 @@ class Geometry(NamedTuple):
     @property
     def is_fresh(self) -> bool:
         """Whether no token is known to have come before the new ones."""
-        return self.knows_offset and self.query_offset == 0
+        return not isinstance(self.query_offset, torch.Tensor) and self.query_offset == 0
 
     @property
     def is_square(self) -> bool:
@@ -62,7 +62,7 @@ class Geometry(NamedTuple):
     @property
     def slot_count(self) -> int:
         """Slots of cached and new tokens, where the number of cached ones is known; else of the new ones."""
-        return self.query_length + (self.query_offset if self.knows_offset else 0)
+        return self.query_length + (0 if isinstance(self.query_offset, torch.Tensor) else self.query_offset)
 
     @property
     def query_slots(self) -> torch.Tensor:

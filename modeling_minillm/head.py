@@ -3,11 +3,12 @@ which positions a head reads."""
 
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.modeling_utils import PreTrainedModel
 
 from minillm.checks import check_logits_to_keep
 from minillm.configuration.configuration_minillm import MiniLLMConfig
@@ -38,12 +39,12 @@ class NormHead(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         # `register_parameter` would find the property in its way.
-        self._parameters["weight"] = nn.Linear(in_features, out_features, bias=False).weight
+        self._parameters["weight"] = nn.Parameter(nn.Linear(in_features, out_features, bias=False).weight)
 
     @property
     def raw_weight(self) -> nn.Parameter:
         """The rows [out_features, in_features] as they are trained and saved."""
-        return self._parameters["weight"]
+        return self._parameters["weight"]  # pyright: ignore[reportReturnType]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -68,7 +69,7 @@ def is_read_as_parameter(caller: FrameType) -> bool:
     return caller.f_globals.get("__name__", "").startswith(PARAMETER_READERS)
 
 
-def build_head(config: MiniLLMConfig) -> nn.Module:
+def build_head(config: MiniLLMConfig) -> nn.Linear | NormHead:
     if config.norm_head:
         return NormHead(config.hidden_size, config.vocab_size)
     return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -85,8 +86,14 @@ def why_not_read(head: nn.Module) -> str | None:
     return None
 
 
-class MiniLLMHeadMixin:
-    """What a language model does about a `NormHead` as its `lm_head`; before `PreTrainedModel` among its bases."""
+ModelT = TypeVar("ModelT", bound="MiniLLMHeadMixin")
+
+
+class MiniLLMHeadMixin(PreTrainedModel):
+    """What a language model does about a `NormHead` as its `lm_head`; before `MiniLLMPreTrainedModel` among its
+    bases."""
+
+    config: MiniLLMConfig
 
     def __setattr__(self, name: str, value: Any) -> None:
         # However PEFT makes an adapter, by this it comes into the model.
@@ -123,7 +130,7 @@ class MiniLLMHeadMixin:
         return embeddings
 
     @torch.no_grad()
-    def fold_norm_head(self) -> "MiniLLMHeadMixin":
+    def fold_norm_head(self: ModelT) -> ModelT:
         """Makes the normalised head a plain one: `lm_head` becomes an `nn.Linear` whose weight is the normalised rows,
         and `config.norm_head` False.
 
@@ -143,7 +150,7 @@ class MiniLLMHeadMixin:
         reason = why_not_read(self.lm_head)
         if reason is not None:
             raise ValueError(f"`fold_norm_head()`, but {reason}: call it on the model as loaded, on one device")
-        head = self.lm_head
+        head: Any = self.lm_head
         rows = nn.Parameter(head.weight, requires_grad=head.raw_weight.requires_grad)
         self.lm_head = linear_of(rows).train(head.training)
         self.config.norm_head = False

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.position_schemes import POSITION_TABLES
@@ -25,6 +27,11 @@ from minillm.tokenization.glm_layout import (
 DEFAULT_NEW_TOKENS = 64
 
 
+def has_two_axes(config: MiniLLMConfig) -> bool:
+    """Whether what fills a blank is counted on an axis of its own."""
+    return config.position_embedding_type == "glm_2d" or config.rope_2d
+
+
 class GLMInputs(NamedTuple):
     """Inputs of `forward` and `generate()`, all int64 [batch, length]; unpack them with `**inputs._asdict()`."""
 
@@ -38,7 +45,7 @@ def glm_inputs(
     mask_token_ids: Sequence[int],
     sop_token_id: int,
     attention_mask: torch.Tensor | None = None,
-    counting_token_ids: Sequence[int] = (),
+    counting_token_ids: Sequence[int | None] = (),
 ) -> GLMInputs:
     """The prefix and both position axes of a context with a blank, a start token, and what fills the blank.
 
@@ -69,7 +76,11 @@ def glm_inputs(
 
 
 def _read_row(
-    number: int, ids: list[int], mask_token_ids: Sequence[int], sop_token_id: int, counting_token_ids: Sequence[int]
+    number: int,
+    ids: list[int],
+    mask_token_ids: Sequence[int],
+    sop_token_id: int,
+    counting_token_ids: Sequence[int | None],
 ) -> GLMRow:
     if sop_token_id not in ids:
         raise ValueError(f"`input_ids` row {number} holds no start token (`sop_token_id={sop_token_id}`)")
@@ -168,12 +179,12 @@ def require_room(config: MiniLLMConfig, number: int, row: GLMRow, new_tokens: in
         "position_ids": max(*row.position_ids, row.position_ids[-1] + more * counts),
         "block_position_ids": max(*row.block_position_ids, row.block_position_ids[-1] + more),
     }
-    tables = POSITION_TABLES.get(config.position_embedding_type, ())
+    tables, size = POSITION_TABLES.get(config.position_embedding_type, ()), vars(config)["position_table_size"]
     for name in list(needed)[: len(tables)]:
-        if needed[name] >= config.position_table_size:
+        if needed[name] >= size:
             raise ValueError(
                 f"text {number} needs `{name}` up to {needed[name]}, beyond the table of learned positions "
-                f"(`position_table_size={config.position_table_size}`): shorten it, or ask for fewer tokens"
+                f"(`position_table_size={size}`): shorten it, or ask for fewer tokens"
             )
 
 
@@ -208,8 +219,10 @@ def candidate_rows(
     return rows
 
 
-class MiniLLMInfillingMixin:
+class MiniLLMInfillingMixin(PreTrainedModel, GenerationMixin):
     """Filling the blanks of texts, and scoring what could fill them, with a model of `attention_type="prefix"`."""
+
+    config: MiniLLMConfig
 
     def fill(
         self,
@@ -332,7 +345,7 @@ class MiniLLMInfillingMixin:
     def _counting(self, tokens: GLMTokens, gmask_counts: bool | None) -> tuple[int | None, ...]:
         """The blanks after which the first axis counts on. With one axis the text after [gMASK] simply goes on
         (GLM-130B); with two it has the second to itself."""
-        counts = not self._has_two_axes() if gmask_counts is None else gmask_counts
+        counts = not has_two_axes(self.config) if gmask_counts is None else gmask_counts
         return (tokens.gmask,) if counts else ()
 
     def _fill_options(
@@ -368,7 +381,8 @@ class MiniLLMInfillingMixin:
     ) -> list[list[int]]:
         """What `generate()` adds to each row, up to the first token that ends it."""
         inputs = self._tensors(pad_rows(rows, tokens.pad, left=True, labels=False))
-        output = self.generate(**inputs, **options)
+        # Typed for transformers' own models only.
+        output = self.generate(**inputs, **options)  # pyright: ignore[reportAttributeAccessIssue]
         ids = output if isinstance(output, torch.Tensor) else output.sequences
         answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
         ends = [next((at for at, token in enumerate(answer) if token in stops), None) for answer in answers]

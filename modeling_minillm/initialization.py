@@ -4,6 +4,8 @@ Where a layer is built, `mark_gains` leaves plain numbers on its projections; `i
 are made, which may be much later and after a stay on the meta device.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -14,14 +16,16 @@ from minillm.head import NormHead
 from minillm.rotary import MiniLLMRotaryEmbedding
 
 
-def mark_gains(layer: nn.Module, config: MiniLLMConfig) -> None:
+def mark_gains(layer: Any, config: MiniLLMConfig) -> None:
     """Leaves `init_gain`, a gain of Xavier's normal initialisation (DeepNet, arXiv 2203.00555, section 3.2), or
     `init_scale`, a factor on `initializer_range`, on the projections of a block."""
     is_deepnorm, is_scaled = config.norm_placement == "deepnorm", config.scale_residual_init
     if not (is_deepnorm or is_scaled):
         return
     attention = layer.self_attn
-    feed_forward = [module for module in layer.mlp.modules() if isinstance(module, nn.Linear | MiniLLMExperts)]
+    feed_forward: list[Any] = [
+        module for module in layer.mlp.modules() if isinstance(module, nn.Linear | MiniLLMExperts)
+    ]
     if is_deepnorm:
         for module in (attention.q_proj, attention.k_proj):
             module.init_gain = 1.0
@@ -34,7 +38,7 @@ def mark_gains(layer: nn.Module, config: MiniLLMConfig) -> None:
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, std: float) -> None:
+def initialize(module: Any, std: float) -> None:
     """Fills what transformers leaves, or fills otherwise, in one module (not in its children).
 
     Args:
@@ -57,7 +61,7 @@ def initialize(module: nn.Module, std: float) -> None:
         init.normal_(module.weight, std=std * module.init_scale)
 
 
-def initialize_experts(experts: MiniLLMExperts, std: float) -> None:
+def initialize_experts(experts: Any, std: float) -> None:
     if hasattr(experts, "init_gain"):
         # Xavier's deviation of one projection of one expert, of which these tensors hold many.
         std = experts.init_gain * (2 / (experts.hidden_dim + experts.intermediate_dim)) ** 0.5

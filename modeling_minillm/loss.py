@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 from minillm.fused_loss import liger_cross_entropy, uses_liger
@@ -26,7 +26,7 @@ def chunked_cross_entropy(
     ignore_index: int,
     chunk: int,
     needed: Sequence[bool],
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The sum of cross-entropies, and its gradients by hidden states, weight and bias where `needed`, else None."""
     needs_hidden, needs_weight, needs_bias = needed
     of_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -46,14 +46,14 @@ def chunked_cross_entropy(
         gradient = logits.sub_(normalizer).exp_()
         gradient.scatter_add_(1, targets, gradient.new_full((), -1.0).expand_as(targets))
         gradient.mul_(scored)
-        if needs_bias:
+        if of_bias is not None:
             of_bias += gradient.sum(0)
         gradient = gradient.to(hidden.dtype)
-        if needs_hidden:
+        if of_hidden is not None:
             of_hidden[start : start + chunk] = gradient @ weight
-        if needs_weight and of_weight.dtype == gradient.dtype:
+        if of_weight is not None and of_weight.dtype == gradient.dtype:
             of_weight.addmm_(gradient.T, rows)
-        elif needs_weight:
+        elif of_weight is not None:
             of_weight += gradient.T @ rows
     return total, of_hidden, of_weight, of_bias
 
@@ -90,7 +90,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: torch's is typed for any number
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("gradients of gradients of a loss without logits: pass `skip_logits=False`")
         scaled = (None if saved is None else saved * gradient.to(saved.dtype) for saved in ctx.saved_tensors)

@@ -36,15 +36,17 @@ def visibility(geometry: Geometry, tokens: Tokens) -> tuple[Callable, int]:
     block_keys = None if blocks is None else geometry.new_at_keys(blocks).contiguous()
     real_keys = None if real_keys is None else geometry.at_keys(real_keys).contiguous()
 
-    def visible(batch, head, query, key):
+    def visible(
+        batch: torch.Tensor, head: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         distance = (query + query_offset) - (key + key_offset)
         allowed = distance >= 0 if is_causal else distance == distance
         if window is not None:
             allowed = allowed & (distance.abs() < window)
         row = batch if rows > 1 else 0
-        if blocks is not None:
+        if blocks is not None and block_keys is not None:
             allowed = allowed | ((blocks[row, query] > 0) & (blocks[row, query] == block_keys[row, key]))
-        if documents is not None:
+        if documents is not None and document_keys is not None:
             allowed = allowed & (documents[row, query] == document_keys[row, key])
         if real_keys is not None:
             allowed = (allowed & real_keys[row, key]) | (distance == 0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -29,8 +29,8 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -90,7 +90,7 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(dropout) if dropout else identity
         mark_gains(self, config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Maps the stream [batch, length, hidden] to the next; keyword arguments go to the attention."""
         return self.wiring(self, hidden_states, lambda stream: self.self_attn(stream, **kwargs)[0])
 
@@ -130,7 +130,7 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
         # knows is transformers' to refuse.
         if (
             kind_of(attn_implementation) != "other"
-            or "/" in attn_implementation
+            or "/" in (attn_implementation or "")
             or attn_implementation in ALL_ATTENTION_FUNCTIONS
         ):
             check(self.config, attn_implementation)
@@ -174,7 +174,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         # Without `padding_idx`, which would keep a token that is also the end token from learning.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         for name in POSITION_TABLES.get(config.position_embedding_type, ()):
-            setattr(self, name, nn.Embedding(config.position_table_size, config.hidden_size))
+            setattr(self, name, nn.Embedding(vars(config)["position_table_size"], config.hidden_size))
         if config.embedding_norm:
             self.embed_layernorm = NORMS[config.norm_type](config, config.hidden_size)
         self.embed_dropout = nn.Dropout(config.embedding_dropout) if config.embedding_dropout else identity
@@ -190,15 +190,15 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prefix_mask: torch.Tensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        block_position_ids: torch.LongTensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        block_position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
@@ -234,9 +234,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             check_cache(cache)
             check_attention_mask(attention_mask)
         check_call(self.config, kwargs, cache, paged)
-        check_tokens(self.config, input_ids, inputs_embeds, given)
-        if inputs_embeds is None:
-            inputs_embeds = self._look_up(input_ids)
+        new = check_tokens(self.config, input_ids, inputs_embeds, given)
+        inputs_embeds = self._look_up(new) if inputs_embeds is None else inputs_embeds
         if prefix_mask is None and fields["attention_type"] == "prefix" and not is_tracing(inputs_embeds):
             self._warn_without_prefix(inputs_embeds.shape[1], attention_mask, cache)
         if use_cache and cache is None:
@@ -266,7 +265,8 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 **{"cache" if paged else CACHE_NAME: cache},
                 **kwargs,
             )
-        return self.output_class(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+        cache_keyword: dict[str, Any] = {CACHE_NAME: cache}
+        return self.output_class(last_hidden_state=self.norm(hidden_states), **cache_keyword)
 
     def _look_up(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The embeddings [batch, Q, hidden] of token ids [batch, Q]."""
@@ -309,7 +309,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             )
 
 
-class MiniLLMForCausalLM(
+class MiniLLMForCausalLM(  # pyright: ignore[reportIncompatibleMethodOverride]: see `MiniLLMGenerationMixin`
     MiniLLMHeadMixin,
     MiniLLMPreTrainedModel,
     MiniLLMInfillingMixin,
@@ -320,7 +320,8 @@ class MiniLLMForCausalLM(
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    # transformers reads lists, whatever its annotation says.
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyright: ignore[reportAssignmentType]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MiniLLMConfig) -> None:
@@ -334,17 +335,17 @@ class MiniLLMForCausalLM(
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         prefix_mask: torch.Tensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        block_position_ids: torch.LongTensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        block_position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         output_router_logits: bool | None = None,
         skip_logits: bool | None = None,
@@ -390,12 +391,12 @@ class MiniLLMForCausalLM(
         if not skips:
             logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
         if labels is not None and self.loss_function is ForCausalLMLoss:
-            expected = hidden_states.shape[:-1] if skips else logits.shape[:-1], self.config.vocab_size
+            expected = hidden_states.shape[:-1] if logits is None else logits.shape[:-1], self.config.vocab_size
             ignored = {"ignore_index": kwargs["ignore_index"]} if "ignore_index" in kwargs else {}
             labels = read_labels("labels", labels, *expected, **ignored)
             if kwargs.get("shift_labels") is not None:
                 kwargs["shift_labels"] = read_labels("shift_labels", kwargs["shift_labels"], *expected, **ignored)
-        if skips:
+        if skips and labels is not None:
             loss = causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
         elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -413,24 +414,24 @@ class MiniLLMForSequenceClassification(MiniLLMPreTrainedModel):
 
     def __init__(self, config: MiniLLMConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
         self.model = MiniLLMModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prefix_mask: torch.Tensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        block_position_ids: torch.LongTensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        block_position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
@@ -471,36 +472,35 @@ class MiniLLMForTokenClassification(GenericForTokenClassification, MiniLLMPreTra
 
     def __init__(self, config: MiniLLMConfig) -> None:
         MiniLLMPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
         self.model = MiniLLMModel(config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(config.hidden_dropout if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prefix_mask: torch.Tensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        block_position_ids: torch.LongTensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        block_position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """As `MiniLLMModel.forward`; `labels` [batch, Q] are classes, -100 where there is none."""
         refuse_router_logits(self.config, kwargs)
         if labels is not None:
-            check_tokens(self.config, input_ids, inputs_embeds)
-            tokens = inputs_embeds if input_ids is None else input_ids
+            tokens = check_tokens(self.config, input_ids, inputs_embeds)
             labels = read_labels("labels", labels, tokens.shape[:2], self.num_labels)
         cache = one_cache(cache, past_key_values)
-        inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache)
+        inputs: tuple[Any, ...] = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache)
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
         return super().forward(*inputs, **extra, **kwargs)
 
@@ -516,29 +516,28 @@ class MiniLLMForQuestionAnswering(GenericForQuestionAnswering, MiniLLMPreTrained
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
         prefix_mask: torch.Tensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        block_position_ids: torch.LongTensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        block_position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """As `MiniLLMModel.forward`; `start_positions` and `end_positions` [batch] are token indices, beyond the last
         token where there is no answer."""
         refuse_router_logits(self.config, kwargs)
-        check_tokens(self.config, input_ids, inputs_embeds)
-        batch = (inputs_embeds if input_ids is None else input_ids).shape[0]
-        start_positions, end_positions = read_answer_spans(start_positions, end_positions, batch)
+        batch = check_tokens(self.config, input_ids, inputs_embeds).shape[0]
         extra = {"prefix_mask": prefix_mask, "document_ids": document_ids, "block_position_ids": block_position_ids}
         cache = one_cache(cache, past_key_values)
-        inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        return super().forward(*inputs, start_positions, end_positions, **extra, **kwargs)
+        answers = read_answer_spans(start_positions, end_positions, batch)
+        inputs: tuple[Any, ...] = (input_ids, attention_mask, position_ids, cache, inputs_embeds, *answers)
+        return super().forward(*inputs, **extra, **kwargs)
 
 
 __all__ = [

@@ -59,7 +59,7 @@ class PositionBias:
         part.head_factors = self.head_factors[heads]
         return part
 
-    def _distance(self, batch, query, key) -> torch.Tensor:
+    def _distance(self, batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         # A single row of positions serves every batch row.
         query_row = batch if self.query_positions.shape[0] > 1 else 0
         key_row = batch if self.key_positions.shape[0] > 1 else 0

@@ -3,8 +3,9 @@
 Shapes: B batch, Q new tokens. Positions are integers [B or 1, Q].
 """
 
+from typing import Any
+
 import torch
-from torch import nn
 
 
 def sinusoidal_embedding(position_ids: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -14,15 +15,15 @@ def sinusoidal_embedding(position_ids: torch.Tensor, size: int, dtype: torch.dty
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :size].to(dtype)
 
 
-def learned(model: nn.Module, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None) -> torch.Tensor:
+def learned(model: Any, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None) -> torch.Tensor:
     return model.embed_positions(position_ids)
 
 
-def sinusoidal(model: nn.Module, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None) -> torch.Tensor:
+def sinusoidal(model: Any, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None) -> torch.Tensor:
     return sinusoidal_embedding(position_ids, model.config.hidden_size, model.embed_tokens.weight.dtype)
 
 
-def glm_2d(model: nn.Module, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None) -> torch.Tensor:
+def glm_2d(model: Any, position_ids: torch.Tensor, block_position_ids: torch.Tensor | None) -> torch.Tensor:
     if block_position_ids is None:
         block_position_ids = torch.zeros_like(position_ids)
     return model.embed_positions(position_ids) + model.embed_block_positions(block_position_ids)

@@ -6,29 +6,28 @@ the stream `hidden_states` [batch, length, hidden] and `attend`, which runs the 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from minillm.configuration.configuration_minillm import MiniLLMConfig
 
 Attend = Callable[[torch.Tensor], torch.Tensor]
 
 
-def pre_norm(layer: nn.Module, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
+def pre_norm(layer: Any, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
     """`h + attention(norm(h))`, then `h + mlp(norm(h))`."""
     hidden_states = hidden_states + layer.dropout(attend(layer.input_layernorm(hidden_states)))
     return hidden_states + layer.dropout(layer.mlp(layer.post_attention_layernorm(hidden_states)))
 
 
-def post_norm(layer: nn.Module, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
+def post_norm(layer: Any, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
     """`norm(alpha * h + f(h))`: the first Transformer (arXiv 1706.03762) with alpha 1, else DeepNorm (2203.00555)."""
     hidden_states = layer.input_layernorm(layer.alpha * hidden_states + layer.dropout(attend(hidden_states)))
     return layer.post_attention_layernorm(layer.alpha * hidden_states + layer.dropout(layer.mlp(hidden_states)))
 
 
-def sandwich_norm(layer: nn.Module, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
+def sandwich_norm(layer: Any, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
     """`h + norm'(f(norm(h)))` (CogView, arXiv 2105.13290)."""
     attended = layer.attention_output_layernorm(attend(layer.input_layernorm(hidden_states)))
     hidden_states = hidden_states + layer.dropout(attended)
@@ -36,20 +35,20 @@ def sandwich_norm(layer: nn.Module, hidden_states: torch.Tensor, attend: Attend)
     return hidden_states + layer.dropout(fed)
 
 
-def parallel(layer: nn.Module, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
+def parallel(layer: Any, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
     """`h + attention(norm(h)) + mlp(norm(h))` with one norm for both (GPT-J, Falcon 7B)."""
     normed = layer.input_layernorm(hidden_states)
     return hidden_states + layer.dropout(attend(normed)) + layer.dropout(layer.mlp(normed))
 
 
-def parallel_two_norms(layer: nn.Module, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
+def parallel_two_norms(layer: Any, hidden_states: torch.Tensor, attend: Attend) -> torch.Tensor:
     """As `parallel`, with a norm for each (Falcon 40B)."""
     attended = layer.dropout(attend(layer.input_layernorm(hidden_states)))
     return hidden_states + attended + layer.dropout(layer.mlp(layer.post_attention_layernorm(hidden_states)))
 
 
 class Residual(NamedTuple):
-    run: Callable[[nn.Module, torch.Tensor, Attend], torch.Tensor]
+    run: Callable[[Any, torch.Tensor, Attend], torch.Tensor]
     norms: tuple[str, ...]
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, H heads, Q new tokens, D channels of a head. Positions are inte
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,13 +26,14 @@ class MiniLLMRotaryEmbedding(nn.Module):
 
     inv_freq: torch.Tensor
     original_inv_freq: torch.Tensor
+    long_inv_freq: torch.Tensor
 
     def __init__(self, config: MiniLLMConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         config.standardize_rope_params()
         self.config = config
         self.interleaved, self.two_axes = config.rope_interleaved, config.rope_2d
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_type = rope_of(config)["rope_type"]
         self.by_length = FREQUENCIES_BY_LENGTH.get(self.rope_type)
         tables, self.attention_scaling = self.compute_tables()
         for name, table in tables.items():
@@ -48,24 +49,27 @@ class MiniLLMRotaryEmbedding(nn.Module):
         inv_freq, scaling = functions[self.rope_type](config)
         tables = {"inv_freq": inv_freq, "original_inv_freq": inv_freq.clone()}
         if self.rope_type == "longrope":
-            beyond = config.rope_parameters["original_max_position_embeddings"] + 1
+            beyond = rope_of(config)["original_max_position_embeddings"] + 1
             tables["long_inv_freq"], _ = functions["longrope"](config, seq_len=beyond)
         return tables, scaling
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MiniLLMRotaryEmbedding":
         """Moves the tables, but keeps them in float32 where a model is cast: rounded frequencies turn far positions by
         other angles."""
-        tables = dict(self._buffers)
+        tables = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, table in tables.items():
-            if self._buffers[name].dtype != table.dtype:
-                self._buffers[name] = table.to(self._buffers[name].device)
+            moved = self.get_buffer(name)
+            if moved.dtype != table.dtype:
+                self._buffers[name] = table.to(moved.device)
         return self
 
     @staticmethod
-    def compute_default_rope_parameters(config: MiniLLMConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(
+        config: MiniLLMConfig, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
         """`theta ** (-2i / dim)` over the rotary channels."""
-        return inverse_frequencies(config, config.rope_parameters["rope_theta"]), 1.0
+        return inverse_frequencies(config, rope_of(config)["rope_theta"]), 1.0
 
     def forward(
         self,
@@ -81,10 +85,10 @@ class MiniLLMRotaryEmbedding(nn.Module):
             lengths: of each token's document [B or 1, Q or 1], where the frequencies follow it; see
                 `minillm.token_facts.document_lengths`. Left out, a row is one document, all of it given.
         """
-        if lengths is None and self.by_length is not None:
-            lengths = position_ids.amax(-1, keepdim=True) + 1
         # [rotary channels / 2], or [B or 1, Q or 1, rotary channels / 2] by length
-        inv_freq = self.inv_freq if lengths is None else self.by_length(self, lengths)
+        inv_freq = self.inv_freq
+        if self.by_length is not None:
+            inv_freq = self.by_length(self, position_ids.amax(-1, keepdim=True) + 1 if lengths is None else lengths)
         cos, sin = self.rotate(x, position_ids, inv_freq)
         if self.two_axes:
             second = torch.zeros_like(position_ids) if block_position_ids is None else block_position_ids
@@ -109,17 +113,22 @@ class MiniLLMRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+def rope_of(config: MiniLLMConfig) -> dict[str, Any]:
+    """`rope_parameters` of a config that has RoPE."""
+    return vars(config)["rope_parameters"]
+
+
 def inverse_frequencies(config: MiniLLMConfig, theta: float) -> torch.Tensor:
-    dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    dim = int(config.head_dim * rope_of(config).get("partial_rotary_factor", 1.0))
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
 
 
-def compute_ntk(config: MiniLLMConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+def compute_ntk(config: MiniLLMConfig, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:
     """Fixed NTK-aware scaling: the base grows by `factor ** (dim / (dim - 2))`, so that the lowest frequency is
     stretched by `factor` and the highest stays."""
-    dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-    stretch = config.rope_parameters["factor"] ** (dim / (dim - 2))
-    return inverse_frequencies(config, config.rope_parameters["rope_theta"] * stretch), 1.0
+    dim = int(config.head_dim * rope_of(config).get("partial_rotary_factor", 1.0))
+    stretch = rope_of(config)["factor"] ** (dim / (dim - 2))
+    return inverse_frequencies(config, rope_of(config)["rope_theta"] * stretch), 1.0
 
 
 def dynamic_frequencies(rotary: MiniLLMRotaryEmbedding, lengths: torch.Tensor) -> torch.Tensor:
@@ -130,7 +139,7 @@ def dynamic_frequencies(rotary: MiniLLMRotaryEmbedding, lengths: torch.Tensor) -
 
 def longrope_frequencies(rotary: MiniLLMRotaryEmbedding, lengths: torch.Tensor) -> torch.Tensor:
     """LongRoPE's two sets (arXiv 2402.13753): the long one beyond the original length. Shapes as above."""
-    limit = rotary.config.rope_parameters["original_max_position_embeddings"]
+    limit = rope_of(rotary.config)["original_max_position_embeddings"]
     return torch.where(lengths[..., None] > limit, rotary.long_inv_freq, rotary.inv_freq)
 
 

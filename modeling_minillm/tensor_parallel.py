@@ -1,6 +1,7 @@
 """Which heads a rank has under tensor parallelism, where the projections of queries are cut over ranks."""
 
-from torch import nn
+from typing import Any
+
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -8,7 +9,7 @@ TENSOR_PARALLEL_AXIS = "tp"
 """transformers' name for the axis of a device mesh over which heads are cut."""
 
 
-def local_heads(layer: nn.Module, num_heads: int) -> slice | None:
+def local_heads(layer: Any, num_heads: int) -> slice | None:
     """The heads of this rank, or None if it has all of them.
 
     Args:

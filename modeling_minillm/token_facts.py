@@ -53,7 +53,7 @@ class Tokens(NamedTuple):
 
     def copy(self) -> "Tokens":
         """The same in memory of its own, whatever becomes of the tensors that the caller gave."""
-        return Tokens(*(fact if fact is None else fact.clone() for fact in self))
+        return self._replace(**{name: fact.clone() for name, fact in self._asdict().items() if fact is not None})
 
 
 def read_tokens(config: MiniLLMConfig, geometry: Geometry, given: GivenTokens) -> Tokens:
@@ -147,8 +147,9 @@ def read_documents(
         check_documents(documents, running, real_new, geometry.query_offset)
         return running, None
     alone = given.attention_mask is None and given.block_position_ids is None
-    whole = positions is not None and positions.shape[1] == geometry.query_length > 1
-    return infer_documents(geometry, positions) if alone and whole and geometry.is_fresh else (None, None)
+    if positions is None or not (alone and positions.shape[1] == geometry.query_length > 1 and geometry.is_fresh):
+        return None, None
+    return infer_documents(geometry, positions)
 
 
 def infer_documents(geometry: Geometry, positions: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

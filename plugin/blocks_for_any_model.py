@@ -40,7 +40,7 @@ def attention_of_any_model(
     attention_mask: BlockedMask | torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention, in blocks under a mask that `blocked_attention_mask` made for them, else by SDPA.
     An attention function of transformers' form.
@@ -60,7 +60,7 @@ def attention_of_any_model(
     check_model(getattr(module, "config", None))
     check_keywords(module, kwargs)
     check_documents(module, query, key, attention_mask, kwargs.get("position_ids"))
-    attend = blocked_attention_forward if isinstance(attention_mask, BlockedMask) else sdpa_attention_forward
+    attend: Callable = blocked_attention_forward if isinstance(attention_mask, BlockedMask) else sdpa_attention_forward
     return attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
@@ -146,7 +146,7 @@ def blocked_attention_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
-    **kwargs,
+    **kwargs: Any,
 ) -> BlockedMask | torch.Tensor | None:
     """The mask for `attention_of_any_model`: in blocks where these pay off, else that of SDPA. A mask function of
     transformers' form, with the arguments of its `sdpa_mask`.
@@ -180,7 +180,7 @@ def blocked_attention_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=q_offset,  # pyright: ignore[reportArgumentType]: it takes a tensor too
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 __all__ = ["describe", "draw_mask", "draw_positions"]
 
 
-def __getattr__(name: str) -> Any:
+def _find(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("minillm.publishing.description"), name)
+
+
+# A type checker that saw this function would take any name for a public one.
+if not TYPE_CHECKING:
+    __getattr__ = _find
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

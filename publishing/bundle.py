@@ -40,9 +40,10 @@ class Module(NamedTuple):
 
     @property
     def docstring(self) -> ast.Expr | None:
-        first = self.body[0] if self.body else None
-        is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-        return first if is_text and isinstance(first.value.value, str) else None
+        match self.body[:1]:
+            case [ast.Expr(value=ast.Constant(value=str())) as first]:
+                return first
+        return None
 
     @property
     def docstring_text(self) -> str:
@@ -68,7 +69,7 @@ class Module(NamedTuple):
                     raise self.error(node, "needs the form `from minillm.module import name` to be bundled")
                 yield found
 
-    def _nested_imports(self) -> list[ast.stmt]:
+    def _nested_imports(self) -> list[ast.Import | ast.ImportFrom]:
         # A look at the lines first: walking through all statements takes most of the time of a bundle.
         if not any(NESTED.match(line) for line in self.lines):
             return []
@@ -80,10 +81,10 @@ class Module(NamedTuple):
             for alias in node.names:
                 yield Name(alias.name, None, alias.asname or alias.name)
             return
-        if node.level or node.module == "__future__" or any(alias.name == "*" for alias in node.names):
+        if node.level or node.module in (None, "__future__") or any(alias.name == "*" for alias in node.names):
             raise self.error(node, "is relative, of all names, or from __future__; name the module and what it gives")
         for alias in node.names:
-            yield Name(node.module, alias.name, alias.asname or alias.name)
+            yield Name(node.module or "", alias.name, alias.asname or alias.name)
 
     def definitions(self) -> Iterator[tuple[str, ast.stmt]]:
         """Top-level names with the statements that bind them."""
@@ -107,6 +108,8 @@ def _bound_names(statement: ast.stmt) -> list[str]:
 def _spec(name: str) -> tuple[Path, bool]:
     """The file of a module, and whether it is a package."""
     spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"{name} is no module with a file")
     return Path(spec.origin), spec.submodule_search_locations is not None
 
 
@@ -147,7 +150,7 @@ def _are_equal(one: Name | ast.stmt, other: Name | ast.stmt) -> bool:
 class _Bundle:
     """What stands in one file so far. A name may be bound twice only by the same import or the same statement."""
 
-    def __init__(self, modules: list[Module], elsewhere: dict[str, str]):
+    def __init__(self, modules: list[Module], elsewhere: dict[str, str]) -> None:
         self.modules = modules
         self.elsewhere = elsewhere
         self.imports: set[Name] = set()
@@ -175,13 +178,15 @@ class _Bundle:
 
     def section(self, module: Module, is_root: bool) -> str:
         """The module without imports and statements that stand above already; the root's docstring is the file's."""
-        dropped = {statement for statement in module.body if isinstance(statement, ast.Import | ast.ImportFrom)}
+        dropped: set[ast.stmt] = {
+            statement for statement in module.body if isinstance(statement, ast.Import | ast.ImportFrom)
+        }
         if module.docstring is not None:
             dropped.add(module.docstring)
         for name, statement in module.definitions():
             if self.bind(name, statement, module):
                 dropped.add(statement)
-        gone = {number for node in dropped for number in range(node.lineno, node.end_lineno + 1)}
+        gone = {number for node in dropped for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
         kept = [line for number, line in enumerate(module.lines, 1) if number not in gone]
         text = re.sub(r"\n{4,}", "\n\n\n", "\n".join(kept)).strip("\n")
         title = f"# ---- {module.name} ----"
@@ -202,7 +207,7 @@ def _import_lines(names: set[Name]) -> list[str]:
     for module in sorted({found.module for found in names if found.name is not None}):
         given = [found for found in names if found.module == module and found.name is not None]
         renamed = sorted((found.name, found.bound) for found in given if found.name != found.bound)
-        items = sorted((found.name for found in given if found.name == found.bound), key=_name_order)
+        items = sorted((found.bound for found in given if found.name == found.bound), key=_name_order)
         line = f"from {module} import {', '.join(items)}"
         if len(line) > WIDTH:
             line = f"from {module} import (\n" + "".join(f"    {item},\n" for item in items) + ")"

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
@@ -21,6 +21,7 @@ TASKS = {
 }
 DEFAULT_LICENSE = "apache-2.0"
 CARD_NAME = "README.md"
+SUMMARY_HEADING = "## Training"
 # In the empty template that transformers uploads, where MiniLLM is not imported: ours says more.
 STOCK_CARD_PHRASE = "This model card has been automatically generated"
 # Where PEFT fills in the same template.
@@ -50,6 +51,24 @@ def read_card(text: str) -> ModelCard | None:
 
 def bullets(topics: Mapping[str, str]) -> str:
     return "\n".join(f"- **{topic}**: {phrase}" for topic, phrase in topics.items())
+
+
+def summary_of(model: MiniLLMPreTrainedModel) -> str:
+    """The part of a card, below an empty line, that says how a model was trained, where its trainer has left one on it
+    as `training_summary`."""
+    summary = getattr(model, "training_summary", None)
+    return f"\n{summary}" if summary else ""
+
+
+def read_summary(folder: str | Path) -> str | None:
+    """That part of the card in a folder: what stands below its heading, up to the next one."""
+    file = Path(folder) / CARD_NAME
+    if not file.is_file():
+        return None
+    found = re.search(
+        rf"^{SUMMARY_HEADING}\n.*?(?=^#|\Z)", file.read_text("utf-8", "replace"), re.MULTILINE | re.DOTALL
+    )
+    return found and found[0].rstrip() + "\n"
 
 
 def task_of(model: MiniLLMPreTrainedModel) -> tuple[str, str]:
@@ -92,11 +111,11 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY", trust_remote_cod
 ```
 
 With `pip install minillm-hf` and `import minillm` it loads without `trust_remote_code`.
-"""
+{summary_of(model)}"""
     )
 
 
-def is_repository(base: str | None) -> bool:
+def is_repository(base: str | None) -> TypeGuard[str]:
     """Whether the base model that an adapter names is one on the Hub, and no folder."""
     return bool(base) and REPOSITORY.fullmatch(base) is not None and not os.path.isdir(base)
 
@@ -109,7 +128,7 @@ def license_of(base: str | None) -> str | None:
     if not isinstance(card, (str, Path)) or not Path(card).is_file():
         return None
     found = read_card(Path(card).read_text("utf-8"))
-    return None if found is None else found.data.license
+    return None if found is None else found.data.get("license")
 
 
 def adapter_card(model: MiniLLMPreTrainedModel, configs: Mapping[str, Any]) -> ModelCard:
@@ -125,7 +144,7 @@ def adapter_card(model: MiniLLMPreTrainedModel, configs: Mapping[str, Any]) -> M
     kinds = [adapter_kind(config.to_dict()).lower() for config in configs.values()]
     tags = ["minillm", *kinds, *(model.model_tags or [])]
     # The Hub shows the adapter on the page of its base by these two fields; a path in the first it refuses.
-    links = {"base_model": base, "base_model_relation": "adapter"} if shared else {}
+    links: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if shared else {}
     data = ModelCardData(
         library_name="peft",
         pipeline_tag=task,
@@ -170,7 +189,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}", trust_remote_code=True)
 ```
 
 With `pip install minillm-hf` and `import minillm` it loads without `trust_remote_code`{merged}.
-"""
+{summary_of(model)}"""
     )
 
 
@@ -199,5 +218,5 @@ def write_adapter_card(model: MiniLLMPreTrainedModel, configs: Mapping[str, Any]
         for name in ("library_name", "base_model", "base_model_relation"):
             if (value := written.data.get(name)) is not None:
                 card.data[name] = value
-        card.data["tags"] = list(dict.fromkeys([*(card.data.tags or []), *written.data.tags]))
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *written.data.get("tags")]))
     card.save(file)

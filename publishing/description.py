@@ -48,7 +48,7 @@ def describe(config: MiniLLMConfig) -> dict[str, str]:
         mask += f", within a window of {config.sliding_window} tokens"
     positions = POSITIONS[config.position_embedding_type]
     if config.position_embedding_type == "rope":
-        rope = config.rope_parameters
+        rope = vars(config)["rope_parameters"]
         layout = "interleaved" if config.rope_interleaved else "half"
         details = [f"type {rope['rope_type']}", f"base {rope['rope_theta']:g}", f"{layout} layout"]
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -103,6 +103,9 @@ def describe_adapter(adapter: Mapping[str, Any]) -> dict[str, str]:
         ("virtual tokens", "num_virtual_tokens"),
     ):
         if found := adapter.get(key):
+            if isinstance(found, Mapping):
+                # Of each table.
+                found = [f"{len(rows)} of {table}" for table, rows in found.items()]
             words[topic] = str(found) if isinstance(found, (str, int)) else ", ".join(sorted(map(str, found)))
     return words
 

@@ -139,7 +139,8 @@ def acquire(lock: FileLock, folder: Path, brief: bool) -> None:
     started, told = time.monotonic(), False
     while True:
         try:
-            return lock.acquire(blocking=False)
+            lock.acquire(blocking=False)
+            return
         except Timeout:
             holder = read_note(Path(lock.lock_file))
         # A holder has not written its note in its first moment.

@@ -192,7 +192,7 @@ def settle_card(api: HfApi, repo_id: str, revision: str | None, path: Path, tags
     if tags:
         bare = f"---\n{ModelCardData(library_name='transformers').to_yaml()}\n---\n"
         card = ModelCard.load(path) if path.exists() else ModelCard(bare)
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *tags]))
         card.save(path)
 
 
@@ -206,9 +206,9 @@ def push_to_hub(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    max_shard_size: int | str = "50GB",
+    max_shard_size: int | str | None = "50GB",
     tags: list[str] | None = None,
-) -> Any:
+) -> str:
     """Uploads what `save_pretrained` writes: for a model or an adapter also its card, unless the repository has one of
     its own.
 
@@ -233,9 +233,11 @@ def push_to_hub(
 
 def give_adapters_cards() -> None:
     """Has PEFT write and upload our card for an adapter to a MiniLLM, where its own is an empty template that names a
-    folder as the base model, or, in an upload, no base model at all."""
+    folder as the base model, or, in an upload, no base model at all. Once."""
     from peft import PeftModel as cls
 
+    if "push_to_hub" in vars(cls):
+        return
     stock_card, stock_push = cls.create_or_update_model_card, cls.push_to_hub
 
     @functools.wraps(stock_card)
@@ -261,12 +263,10 @@ def give_adapters_cards() -> None:
 
 
 def install() -> None:
-    """Wraps the saving methods and replaces the uploading one, once."""
-    if "push_to_hub" in vars(MiniLLMConfig):
-        return
-    MiniLLMConfig.save_pretrained = config_save(MiniLLMConfig.save_pretrained)
-    MiniLLMTokenizer.save_pretrained = tokenizer_save(MiniLLMTokenizer.save_pretrained)
-    MiniLLMPreTrainedModel.save_pretrained = model_save(MiniLLMPreTrainedModel.save_pretrained)
-    for cls in (MiniLLMConfig, MiniLLMTokenizer, MiniLLMPreTrainedModel):
-        cls.push_to_hub = push_to_hub
+    """Wraps the saving methods and replaces the uploading one, of each class once."""
+    classes = {MiniLLMConfig: config_save, MiniLLMTokenizer: tokenizer_save, MiniLLMPreTrainedModel: model_save}
+    for cls, wrapped in classes.items():
+        if "push_to_hub" not in vars(cls):
+            cls.save_pretrained = wrapped(cls.save_pretrained)
+            cls.push_to_hub = push_to_hub
     after_import.call(give_adapters_cards, "peft.peft_model")

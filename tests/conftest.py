@@ -8,6 +8,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
+import zlib
+from datetime import date
+from pathlib import Path
 
 import deprecations
 import pytest
@@ -15,6 +18,8 @@ import random_cases
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
+
+ROOMS = {path.parent.name for path in Path(__file__).parents[1].glob("*/__init__.py")}
 
 torch.set_num_threads(1)
 random_cases.register_profiles()
@@ -38,12 +43,22 @@ def without_bars():
     logging.enable_progress_bar()
 
 
+@pytest.fixture(scope="session")
+def trackio_runs(tmp_path_factory):
+    """The folder in which trackio keeps its databases; it asks for it when it is imported."""
+    assert "trackio" not in sys.modules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("runs")))
+        import trackio
+
+        yield trackio.utils.TRACKIO_DIR
+
+
 @pytest.fixture(autouse=True)
 def one_copy_of_the_package():
     """The folders of the repository must be imported as `minillm` only."""
     yield
-    rooms = {"configuration", "modeling_minillm", "tokenization", "conversion", "training", "evaluation", "cli"}
-    second = rooms & set(sys.modules)
+    second = ROOMS & set(sys.modules)
     assert not second, f"imported from the repository root instead of as minillm.*: {sorted(second)}"
 
 
@@ -55,6 +70,7 @@ def attention_functions_of_transformers():
 
 
 def pytest_addoption(parser):
+    parser.addoption("--one-in", type=int, default=1, help="run one test in so many, drawn anew each day")
     parser.addoption("--deprecations", action="store_true", help="fail where transformers says a name is deprecated")
 
 
@@ -65,7 +81,15 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    mark_slow_cases(items, whole_files=not any("::" in argument for argument in config.args))
+    # Of some cases, or of those that failed last, nothing tells whether the others are there.
+    whole_files = not (config.getoption("lf") or any("::" in argument for argument in config.args))
+    mark_thorough_cases(items, whole_files)
+    part = config.getoption("--one-in")
+    if part > 1:
+        # Other ones each day.
+        drawn = [item for item in items if zlib.crc32(f"{date.today()} {item.nodeid}".encode()) % part == 0]
+        config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
+        items[:] = drawn
     if torch.cuda.is_available():
         return
     for item in items:
@@ -73,14 +97,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def mark_slow_cases(items, whole_files):
-    """Before pytest looks at `-m`: the cases that `mostly_slow` does not name become slow."""
+def mark_thorough_cases(items, whole_files):
+    """Before pytest looks at `-m`: the cases that `mostly_thorough` does not name become thorough."""
     seen = {}
     for item in items:
-        if (mark := item.get_closest_marker("mostly_slow")) is not None:
+        if (mark := item.get_closest_marker("mostly_thorough")) is not None:
             seen.setdefault((item.parent.nodeid, item.originalname), (set(mark.args), set()))[1].add(item.callspec.id)
             if item.callspec.id not in mark.args:
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.thorough)
     for (place, name), (kept, ids) in seen.items():
         if whole_files and not kept <= ids:
             raise pytest.UsageError(f"{place}::{name} has no case {sorted(kept - ids)}; it has {sorted(ids)}")

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -85,7 +86,7 @@ def cut_words(backend: Tokenizer, text: str) -> list[str]:
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
-class AddedTokensMixin:
+class AddedTokensMixin(PreTrainedTokenizerFast):
     """Guards the ways in which tokens are added to a tokenizer."""
 
     @classmethod
@@ -136,7 +137,7 @@ class AddedTokensMixin:
             ValueError: a new token would not come back from `decode()`; then none is added or named.
         """
         self.check_new_tokens(special_tokens_dict)
-        return super().add_special_tokens(special_tokens_dict, replace_extra_special_tokens)
+        return super().add_special_tokens(dict(special_tokens_dict), replace_extra_special_tokens)
 
     def check_new_tokens(self, tokens: Any) -> None:
         """Refuses tokens that are not there yet and would not come back from `decode()`.

@@ -23,7 +23,7 @@ class BPEGrowth:
         byte_fallback: whether unknown characters become byte pieces.
     """
 
-    def __init__(self, encode: Callable[[str], list[str]], vocabulary: Iterable[str], byte_fallback: bool):
+    def __init__(self, encode: Callable[[str], list[str]], vocabulary: Iterable[str], byte_fallback: bool) -> None:
         self.old_encoding = encode
         self.taken = set(vocabulary)
         self.known = {piece for piece in self.taken if len(piece) == 1}
@@ -113,7 +113,7 @@ class MergeLearner:
     A character that the vocabulary lacks competes with the pairs: it saves as many tokens as it has bytes, less one.
     """
 
-    def __init__(self, growth: BPEGrowth, words: Mapping[str, int]):
+    def __init__(self, growth: BPEGrowth, words: Mapping[str, int]) -> None:
         self.growth = growth
         self.words = [growth.symbols(word) for word in words]
         self.repeats = list(words.values())

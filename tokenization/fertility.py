@@ -160,6 +160,7 @@ def measure_fertility(
     byte_ids = {index for index, piece in pieces.items() if is_byte_token(piece, text_kind(state))}
     found = {bucket: Counts() for bucket in BUCKETS}
     frequencies: Counter[int] = Counter()
+    unknown: Any = tokenizer.unk_token_id
     for start in range(0, len(segments), BATCH):
         batch = segments[start : start + BATCH]
         texts = [segment.text for segment in batch]
@@ -168,7 +169,7 @@ def measure_fertility(
         )["input_ids"]
         for segment, ids in zip(batch, encoded, strict=True):
             frequencies.update(ids)
-            found[segment.bucket] += count(segment.text, ids, tokenizer.unk_token_id, byte_ids)
+            found[segment.bucket] += count(segment.text, ids, unknown, byte_ids)
     counted = countable_pieces(tokenizer, pieces, text_kind(state))
     use = vocabulary_use(counted, frequencies, len(pieces), rare_below, list_rarest)
     use.rarest = [(index, piece_text(piece, text_kind(state)) or piece, times) for index, piece, times in use.rarest]

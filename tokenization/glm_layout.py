@@ -61,9 +61,9 @@ def find_glm_tokens(tokenizer: Any, config: Any = None) -> GLMTokens:
 
     blanks = tuple(token_id for token_id in map(named, BLANK_NAMES) if token_id is not None)
     sop = named("sop_token_id")
-    for missing, what in ((not blanks, "a blank (`mask_token_id`, ...)"), (sop is None, "`sop_token_id`")):
-        if missing:
-            raise ValueError(f"neither the tokenizer nor the config names {what}: set it on one of them")
+    if not blanks or sop is None:
+        what = "`sop_token_id`" if blanks else "a blank (`mask_token_id`, ...)"
+        raise ValueError(f"neither the tokenizer nor the config names {what}: set it on one of them")
     eop = next((found for found in map(named, ("eop_token_id", "eos_token_id")) if found is not None), None)
     pad = next((found for found in (named("pad_token_id"), eop) if found is not None), 0)
     return GLMTokens(blanks, named("gmask_token_id"), sop, eop, pad)
@@ -230,8 +230,9 @@ class GLMInputsMixin:
         with_labels = fills is not None
         if with_labels and tokens.eop is None:
             raise ValueError("the tokenizer has neither `eop_token` nor `eos_token` to end a span with: set one")
-        if with_labels:
-            spans = pair_spans(self, contexts, [fills] if isinstance(texts, str) else fills)
+        if fills is not None:
+            every: Sequence[Any] = [fills] if isinstance(texts, str) else fills
+            spans = pair_spans(self, contexts, every)
         else:
             spans = [[(context.blanks[0], [])] for context in contexts]
         counting = (tokens.gmask,) if gmask_counts else ()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import get_json_schema
 
 # From the last code points of Unicode, which no text needs, down to the end of the surrogates.
 STAND_INS = range(0x10FFFF, 0xDFFF, -1)
@@ -133,14 +133,41 @@ def map_strings(value: Any, change: Callable[[Any, str], str], key: Any = None) 
         return change(key, value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    elif callable(getattr(value, "model_dump", None)):
-        value = value.model_dump()
+    elif callable(dump := getattr(value, "model_dump", None)):
+        value = dump()
     value = getattr(value, "messages", value)
     if isinstance(value, Mapping):
         return {map_strings(name, change): map_strings(part, change, name) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [map_strings(part, change, key) for part in value]
     return value
+
+
+def hide_in(tokenizer: PreTrainedTokenizerFast, inputs: Any) -> tuple[LiteralReading, Any]:
+    """How to read messages, documents or tools in which special tokens are text, and these with the tokens hidden.
+
+    Raises:
+        TypeError: no fast tokenizer.
+    """
+    strings: defaultdict[Any, list[str]] = defaultdict(list)
+    map_strings(inputs, lambda key, text: strings[key].append(text) or text)
+    # Joined, since a template may join the parts of a content, and with them the parts of a token's string.
+    joined = {key: "".join(parts) for key, parts in strings.items()}
+    reading = read_literally(tokenizer, "\n".join(joined.values()))
+    if reading.tokenizer is tokenizer:
+        return reading, inputs
+    streams = {key: io.StringIO(reading.hide(text)) for key, text in joined.items()}
+    return reading, map_strings(inputs, lambda key, text: streams[key].read(len(text)))
+
+
+def require_literal(reading: LiteralReading, plain: Any, hidden: Any) -> None:
+    """ValueError if a template rendered inputs otherwise when special tokens in them were hidden."""
+    if plain != map_strings(hidden, lambda _, text: reading.reveal(text)):
+        raise ValueError(
+            f"the chat template treats the special tokens {list(reading.hidden)} inside a message in a way of its own "
+            "(it looks for them, or escapes the message), so they cannot be encoded as text: take them out of the "
+            "message, or pass special_tokens_in_content=True to have them read as control tokens"
+        )
 
 
 def apply_template_literally(
@@ -172,27 +199,16 @@ def apply_template_literally(
     if tools is not None:
         # As transformers does, but before their texts are looked at.
         tools = [get_json_schema(tool) if inspect.isroutine(tool) else tool for tool in tools]
-    inputs = (conversation, tools, documents)
+    inputs: tuple[Any, ...] = (conversation, tools, documents)
     if special_tokens_in_content or not tokenize:
         return stock(tokenizer, *inputs, tokenize=tokenize, tokenizer_kwargs=encoding, **options)
-    strings: defaultdict[Any, list[str]] = defaultdict(list)
-    map_strings(inputs, lambda key, text: strings[key].append(text) or text)
-    # Joined, since a template may join the parts of a content, and with them the parts of a token's string.
-    joined = {key: "".join(parts) for key, parts in strings.items()}
-    reading = read_literally(tokenizer, "\n".join(joined.values()))
+    reading, hidden = hide_in(tokenizer, inputs)
     if reading.tokenizer is tokenizer:
         return stock(tokenizer, *inputs, tokenizer_kwargs=encoding, **options)
-    streams = {key: io.StringIO(reading.hide(text)) for key, text in joined.items()}
-    hidden = map_strings(inputs, lambda key, text: streams[key].read(len(text)))
     plain = {name: value for name, value in options.items() if name not in TOKENS_ONLY}
     rendered = [
         stock(one, *content, tokenize=False, **plain)
         for one, content in ((tokenizer, inputs), (reading.tokenizer, hidden))
     ]
-    if rendered[0] != map_strings(rendered[1], lambda _, text: reading.reveal(text)):
-        raise ValueError(
-            f"the chat template treats the special tokens {list(reading.hidden)} inside a message in a way of its own "
-            "(it looks for them, or escapes the message), so they cannot be encoded as text: take them out of the "
-            "message, or pass special_tokens_in_content=True to have them read as control tokens"
-        )
+    require_literal(reading, *rendered)
     return stock(reading.tokenizer, *hidden, tokenizer_kwargs=encoding, **options)

@@ -14,7 +14,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from minillm.tokenization.added_tokens import AddedTokensMixin, require_decodable, require_told_apart, token_strings
 from minillm.tokenization.glm_layout import GLMInputsMixin
@@ -308,7 +309,9 @@ class MiniLLMTokenizer(AddedTokensMixin, TurnTokensMixin, GLMInputsMixin, PreTra
     padding_side = "right"
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs) -> "MiniLLMTokenizer":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *init_inputs: Any, **kwargs: Any
+    ) -> "MiniLLMTokenizer":
         """Loads a tokenizer as `PreTrainedTokenizerFast.from_pretrained` does.
 
         Raises:
@@ -418,7 +421,13 @@ class MiniLLMTokenizer(AddedTokensMixin, TurnTokensMixin, GLMInputsMixin, PreTra
         )
 
     def train_new_from_iterator(
-        self, text_iterator, vocab_size, length=None, new_special_tokens=None, special_tokens_map=None, **kwargs
+        self,
+        text_iterator: Any,
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Any = None,
+        special_tokens_map: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> "MiniLLMTokenizer":
         """Trains a tokenizer with this one's rules on a new corpus; byte fallback, which trainers drop, is kept.
 
@@ -442,7 +451,7 @@ class MiniLLMTokenizer(AddedTokensMixin, TurnTokensMixin, GLMInputsMixin, PreTra
         return type(self)(**trained.init_kwargs | {"tokenizer_object": add_byte_pieces(trained.backend_tokenizer)})
 
 
-def explain_broken_files(name_or_path: str | Path, kwargs: Mapping[str, Any], error: Exception) -> None:
+def explain_broken_files(name_or_path: str | os.PathLike[str], kwargs: Mapping[str, Any], error: Exception) -> None:
     """Raises a readable error if a file of the tokenizer is what made loading fail; returns if it is not."""
     place = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder") if kwargs.get(name)}
     if kwargs.get("gguf_file"):
@@ -454,7 +463,7 @@ def explain_broken_files(name_or_path: str | Path, kwargs: Mapping[str, Any], er
             what = "a folder" if here.is_dir() else "no file" if here.exists() else "a link to nowhere"
             raise ValueError(f"{here} is {what}: save the tokenizer again or fetch the file anew") from error
         try:
-            path = cached_file(name_or_path, name, local_files_only=True, **place)
+            path: Any = cached_file(name_or_path, name, local_files_only=True, **place)
         except OSError:
             if name == "tokenizer.json" and Path(name_or_path).is_dir():
                 raise FileNotFoundError(f"{name_or_path} holds no tokenizer: {name} is missing") from error

@@ -13,7 +13,7 @@ CHUNK_BYTES = 1 << 16
 class Corpus:
     """Checks texts as they stream into a trainer, and remembers which characters came by."""
 
-    def __init__(self, texts: Iterable[str | Sequence[str]]):
+    def __init__(self, texts: Iterable[str | Sequence[str]]) -> None:
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be an iterable of strings, not one {type(texts).__name__}")
         self.texts = texts

@@ -1,9 +1,13 @@
 """Which tokens of a tokenizer start the turns of a chat, read off its chat template."""
 
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
 ROLES = ("system", "user", "assistant")
 
 
-class TurnTokensMixin:
+class TurnTokensMixin(PreTrainedTokenizerFast):
     """`answer_start_token_id` and `turn_token_ids`, as `MiniLLMConfig` takes them."""
 
     @property
@@ -30,8 +34,9 @@ class TurnTokensMixin:
             return []
         message = {"role": role, "content": ""}
         try:
-            return self.apply_chat_template(
+            ids: Any = self.apply_chat_template(
                 [message], add_generation_prompt=add_generation_prompt, return_dict=False, tokenize=True
             )
         except Exception:  # A template refuses what it has no place for in ways of its own.
             return []
+        return ids

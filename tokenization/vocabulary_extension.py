@@ -74,18 +74,22 @@ def extend_vocabulary(
     """
     state = read_state(tokenizer, "tokenizer")
     check_arguments(state, texts, pieces_from, num_new_tokens, min_frequency)
+    # No None is left where the type checker fears one: `check_arguments` has seen to that.
     pin_added_tokens(state)
     backend = Tokenizer.from_str(json.dumps(state))
     if state["model"]["type"] == "Unigram":
-        other = pieces_from if texts is None else train_unigram(tokenizer, Corpus(texts), num_new_tokens)
+        other: Any = pieces_from
+        if texts is not None:
+            other = train_unigram(tokenizer, Corpus(texts), num_new_tokens)  # pyright: ignore[reportArgumentType]
         number = add_unigram_pieces(state, backend, scored_pieces(other), num_new_tokens)
     else:
         growth = start_growth(state, backend)
         if texts is not None:
             words = count_words(backend, Corpus(texts), own_cuts=text_kind(state) == "byte-level")
-            MergeLearner(growth, words).learn(num_new_tokens, min_frequency)
+            MergeLearner(growth, words).learn(num_new_tokens, min_frequency)  # pyright: ignore[reportArgumentType]
         else:
-            take_pieces(growth, backend, own_pieces(pieces_from), num_new_tokens, text_kind(state))
+            pieces = own_pieces(pieces_from)  # pyright: ignore[reportArgumentType]
+            take_pieces(growth, backend, pieces, num_new_tokens, text_kind(state))
         number = add_bpe_pieces(state, growth)
     if num_new_tokens is not None and number < num_new_tokens:
         source = "The corpus yields" if texts is not None else "The other tokenizer yields"
@@ -195,11 +199,12 @@ def check_not_empty(corpus: Corpus) -> None:
 def own_pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """A tokenizer's pieces by id, without added tokens and byte pieces."""
     vocabulary = tokenizer.get_vocab()
-    left_out = {*tokenizer.get_added_vocab(), *BYTE_PIECES, tokenizer.unk_token}
+    unknown: Any = tokenizer.unk_token
+    left_out = {*tokenizer.get_added_vocab(), *BYTE_PIECES, unknown}
     return [piece for piece in sorted(vocabulary, key=vocabulary.__getitem__) if piece not in left_out]
 
 
-def piece_text(piece: str, kind: str) -> str | None:
+def piece_text(piece: str, kind: str | None) -> str | None:
     """The text that a piece stands for; None for one that holds a part of a character."""
     if kind != "byte-level":
         return piece.replace(SPACE, " ")
@@ -207,7 +212,9 @@ def piece_text(piece: str, kind: str) -> str | None:
     return None if "\ufffd" in text else text
 
 
-def take_pieces(growth: BPEGrowth, backend: Tokenizer, pieces: Iterable[str], limit: int | None, kind: str) -> None:
+def take_pieces(
+    growth: BPEGrowth, backend: Tokenizer, pieces: Iterable[str], limit: int | None, kind: str | None
+) -> None:
     for piece in pieces:
         room = len(growth.taken) + 1 if limit is None else limit - len(growth.pieces)
         if room <= 0:
@@ -254,7 +261,8 @@ def add_unigram_pieces(
     lowest = min(scores.values())
     chosen: list[tuple[str, float]] = []
     for piece, score in pieces:
-        if piece not in scores and occurs(backend, piece, piece_text(piece, text_kind(state))):
+        text = piece_text(piece, text_kind(state))
+        if piece not in scores and text is not None and occurs(backend, piece, text):
             chosen.append((piece, score))
         if len(chosen) == limit:
             break
@@ -293,7 +301,8 @@ def spell_new_tokens(old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast)
         TypeError: no fast tokenizers.
         ValueError: `new` is no extension of `old`: a token is missing or has another id.
     """
-    read_state(old, "old_tokenizer"), read_state(new, "new_tokenizer")
+    read_state(old, "old_tokenizer")
+    read_state(new, "new_tokenizer")
     before, after = old.get_vocab(), new.get_vocab()
     for token, index in before.items():
         if after.get(token) != index:

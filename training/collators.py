@@ -113,7 +113,7 @@ class DataCollatorForSFT(DocumentCollator):
         if not self.prompt_is_prefix:
             return Answers()
         end = getattr(self.tokenizer, "eos_token_id", None)
-        return AnswersToPrefixes(self.answer_start_token_id, self.turn_token_ids, end)
+        return AnswersToPrefixes(self.answer_start_token_id, self.turn_token_ids or (), end)
 
 
 def pack_dataset(
@@ -126,7 +126,7 @@ def pack_dataset(
 ) -> Any:
     """Packs a whole data set beforehand, so that the number of rows, and with it the steps of a run, is known.
 
-    Documents without a token to score are left out, and a logged warning counts them.
+    Documents without a token to score, empty ones among them, are left out, and a logged warning counts them.
 
     Args:
         samples: a sequence of samples as `collator` takes them; a `datasets.Dataset` gives one back. With `folder` a
@@ -136,7 +136,7 @@ def pack_dataset(
             evaluation of unchanged weights then repeats itself.
         folder: write the rows to files there, and return them as `minillm.data.PackedRows`, which reads them from disk
             as they are asked for: data that memory does not hold. After a run that was ended the same call goes on;
-            a complete folder is opened at once. Needs pyarrow.
+            a complete folder is opened at once, if the first samples are those it was packed from. Needs pyarrow.
         window_tokens: with `folder`, read and pack the samples in windows of so many tokens, each into a file of its
             own; None takes 4 million. More takes more memory and leaves less padding.
 
@@ -150,10 +150,13 @@ def pack_dataset(
         ValueError: no samples, a sample that is not as the collator wants it, nothing to score, a collator without
             `packing`, a stream or `window_tokens` without `folder`, or a folder that holds rows of other settings or
             of another source.
+        TypeError: `collator` is no `DocumentCollator`.
         FolderInUse: another process packs into `folder`.
         OSError: the disk is full; another call goes on.
         ImportError: `folder` without pyarrow.
     """
+    if not isinstance(collator, DocumentCollator):
+        raise TypeError(f"`collator` is a {type(collator).__name__}; needed: a collator of `minillm.training`")
     if not collator.packing:
         raise ValueError("`pack_dataset` needs a collator with `packing=True`")
 

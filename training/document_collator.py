@@ -15,11 +15,14 @@ from transformers.utils import logging
 
 from minillm.data.documents import IGNORE_INDEX, NothingToScoreError, Piece, cut_by_documents
 from minillm.data.packing import best_fit_decreasing
+from minillm.training.laid_out import require_laid_out, require_numbers, require_objective, require_slots
 from minillm.training.objective import Objective
 
 logger = logging.get_logger(__name__)
 
 Overlong = Literal["split", "truncate", "error"]
+
+NO_MAX_LENGTH = '`packing=True` and `padding="max_length"` need `max_length`, the tokens in a row'
 
 
 @dataclass
@@ -47,15 +50,15 @@ class DocumentCollator(ABC):
             self.pad_token_id = _pad_token_id(self.tokenizer)
         _require_choice("padding", self.padding, ("longest", "max_length"))
         if self.max_length is None and (self.packing or self.padding == "max_length"):
-            raise ValueError('`packing=True` and `padding="max_length"` need `max_length`, the tokens in a row')
+            raise ValueError(NO_MAX_LENGTH)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` is {self.max_length}; a row needs at least 2 tokens to score one")
         multiple = self.pad_to_multiple_of
         if multiple is not None and (multiple < 1 or (self.max_length or multiple) % multiple):
             raise ValueError(f"`pad_to_multiple_of` is {multiple}; it must divide `max_length` ({self.max_length})")
         _require_choice("overlong", self.overlong, self.objective.overlong)
-        if self._longest == 0:
-            needed = self.objective.slots(1) + bool(self.objective.behind)
+        if self._longest is not None and self._longest < 1:
+            needed = self._slots(1) + bool(self.objective.behind)
             raise ValueError(f"`max_length` is {self.max_length}; a document of one token needs {needed} slots")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -75,18 +78,23 @@ class DocumentCollator(ABC):
     @cached_property
     def objective(self) -> Objective:
         """What is learned from a document."""
-        return self.make_objective()
+        return require_objective(self.make_objective(), self)
 
     @cached_property
     def _longest(self) -> int | None:
         """The tokens of the longest document that fits into a row."""
         if self.max_length is None:
             return None
-        return bisect_right(range(self.max_length + 1), self._capacity, key=self.objective.slots) - 1
+        return bisect_right(range(self.max_length + 1), self._capacity, key=self._slots) - 1
+
+    def _slots(self, tokens: int) -> int:
+        return require_slots(self.objective, tokens)
 
     @property
     def _capacity(self) -> int:
         """The slots of a row that its documents may take."""
+        if self.max_length is None:
+            raise ValueError(NO_MAX_LENGTH)
         return self.max_length - bool(self.objective.behind)
 
     @property
@@ -100,7 +108,10 @@ class DocumentCollator(ABC):
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
         epoch = self.epoch
-        batch = self._tensors([[self._lay_out(piece, epoch) for piece in row] for row in self.rows(samples)])
+        pieces = self.rows(samples)
+        rows = [[self._lay_out(piece, epoch) for piece in row] for row in pieces]
+        require_laid_out(rows, pieces, self.objective, None if self.max_length is None else self._capacity)
+        batch = self._tensors(rows)
         if bool((batch["labels"] == IGNORE_INDEX).all()):
             raise NothingToScoreError(
                 f"none of the {len(samples)} samples of this batch holds a token to score: {self.objective.scorable}"
@@ -113,12 +124,12 @@ class DocumentCollator(ABC):
         Args:
             leave_out_unscored: leave out documents without a token to score, and log how many.
         """
-        done, loose = self._read_all(samples)
+        done, loose, empty = self._read_all(samples, leave_out_unscored)
         if leave_out_unscored:
-            done, loose = self._only_scored(done, loose)
+            done, loose = self._only_scored(done, loose, empty)
         if not self.packing:
             return done + [[piece] for piece in loose]
-        slots = [self.objective.slots(len(piece.input_ids)) for piece in loose]
+        slots = [self._slots(len(piece.input_ids)) for piece in loose]
         return done + [[loose[index] for index in row] for row in best_fit_decreasing(slots, self._capacity)]
 
     def fix_prefixes(self, row: list[Piece]) -> list[Piece]:
@@ -128,35 +139,41 @@ class DocumentCollator(ABC):
             for piece in row
         ]
 
-    def _only_scored(self, done: list[list[Piece]], loose: list[Piece]) -> tuple[list[list[Piece]], list[Piece]]:
+    def _only_scored(
+        self, done: list[list[Piece]], loose: list[Piece], empty: int
+    ) -> tuple[list[list[Piece]], list[Piece]]:
         kept = [piece for piece in loose if piece.is_scored]
         kept_rows = [row for row in done if any(piece.is_scored for piece in row)]
         if not kept and not kept_rows:
             raise NothingToScoreError(f"the data set holds no token to score: {self.objective.scorable}")
-        lost = len(loose) - len(kept) + len(done) - len(kept_rows)
+        lost = empty + len(loose) - len(kept) + len(done) - len(kept_rows)
         if lost:
             logger.warning(
-                f"{lost} of {len(loose) + len(done)} documents hold no token to score and are left out: "
+                f"{lost} of {empty + len(loose) + len(done)} documents hold no token to score and are left out: "
                 f"{self.objective.scorable}, and labels that are not all -100"
             )
         return kept_rows, kept
 
-    def _read_all(self, samples: Sequence[Any]) -> tuple[list[list[Piece]], list[Piece]]:
-        """The samples that are rows already, and the pieces of the others."""
+    def _read_all(self, samples: Sequence[Any], pass_over_empty: bool) -> tuple[list[list[Piece]], list[Piece], int]:
+        """The samples that are rows already, the pieces of the others, and how many were passed over as empty."""
         if len(samples) == 0:
             raise ValueError("the collator was called without samples")
         done: list[list[Piece]] = []
         loose: list[Piece] = []
+        empty = 0
         for number, sample in enumerate(samples):
             try:
                 pieces, is_row = self._read(sample)
             except ValueError as error:
+                if pass_over_empty and isinstance(error, NothingToScoreError):
+                    empty += 1
+                    continue
                 raise ValueError(f"sample {number} of {len(samples)}: {error}") from error
             if is_row:
                 done.append(pieces)
             else:
                 loose.extend(pieces)
-        return done, loose
+        return done, loose, empty
 
     def _read(self, sample: Any) -> tuple[list[Piece], bool]:
         """The pieces of a sample, none longer than a row takes, and whether they form a row already."""
@@ -218,7 +235,11 @@ class DocumentCollator(ABC):
 
     def _width(self, needed: int) -> int:
         """The slots of all rows of a batch whose longest row needs `needed`."""
-        width = max(needed, self.max_length) if self.padding == "max_length" else needed
+        width = needed
+        if self.padding == "max_length":
+            if self.max_length is None:
+                raise ValueError(NO_MAX_LENGTH)
+            width = max(needed, self.max_length)
         multiple = self.pad_to_multiple_of or 1
         return -(-width // multiple) * multiple
 
@@ -244,12 +265,12 @@ class DocumentCollator(ABC):
             parts = []
             for row, own, total in zip(rows, counts, used, strict=True):
                 parts.append(padding[:skip])
-                if name in row[0]:
-                    parts += [document[name][skip:] for document in row]
-                else:
-                    parts += [slots[:count] for count in own]
+                for document, count in zip(row, own, strict=True):
+                    # Positions alone may be left out.
+                    parts.append(document[name][skip:] if name in document else slots[:count])
                 parts.append(padding[total + skip :])
             batch[name] = np.concatenate(parts, dtype=np.int64).reshape(len(rows), width)
+        require_numbers(batch, self.objective)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

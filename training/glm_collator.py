@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from minillm.data.sentence_ends import ListedEnds, SentenceEnds, id_table, special_ids
 from minillm.training.document_collator import DocumentCollator
@@ -80,6 +81,7 @@ class DataCollatorForGLM(DocumentCollator):
         names = [*(BLANKS[kind] for kind in kinds), "sop_token_id", "eop_token_id"]
         token_ids = {name: self._find_id(name) for name in names}
         own = set() if self.tokenizer is None else special_ids(self.tokenizer)
+        special: set[Any] = own.union(token_ids.values(), [self.pad_token_id], self.special_token_ids)
         return FilledBlanks(
             mixture=self.mixture,
             mask_fraction=self.mask_fraction,
@@ -87,7 +89,7 @@ class DataCollatorForGLM(DocumentCollator):
             document_fraction=self.document_fraction,
             gmask_counts=self.gmask_counts,
             token_ids=token_ids,
-            special=id_table(own.union(token_ids.values(), [self.pad_token_id], self.special_token_ids)),
+            special=id_table(special),
             find_ends=self._sentence_ends() if "sentence" in kinds else None,
         )
 

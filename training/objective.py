@@ -36,10 +36,10 @@ class Objective(ABC):
     @abstractmethod
     def lay_out(self, piece: Piece, seed: int, epoch: int) -> dict[str, np.ndarray]:
         """The model's inputs of one document, int64 or boolean [slots] each: `input_ids`, `labels` and those in
-        `columns` but for `document_ids`.
+        `columns` but for `document_ids`. Anything else raises a ValueError when a batch is made.
 
         Position t-1 predicts `labels[t]`; `labels[0]` is -100, and with `behind` there is an entry more, for the slot
-        behind the document. Without `position_ids` the slots are counted.
+        behind the document. `position_ids` may be left out, in `columns` or not: the slots are then counted.
 
         Args:
             piece: the document; its `prefix_mask` is what `fix` made, or None.
@@ -48,13 +48,15 @@ class Objective(ABC):
         """
 
     def slots(self, tokens: int) -> int:
-        """The slots that a document of so many tokens takes, at most, in any epoch; 0 for none, never decreasing."""
+        """The slots that a document of so many tokens takes, at most, in any epoch: an int from 1 on, 0 for no token,
+        never decreasing. `lay_out` gives no more."""
         return tokens
 
     def read(self, sample: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Ids [tokens], which of them may be scored (boolean [tokens]), and the other columns of a sample.
 
         Raises:
+            NothingToScoreError: a sample without a token, which `pack_dataset` leaves out.
             ValueError: a sample that is not as wanted.
         """
         ids, columns = read_ids(sample)

@@ -75,6 +75,8 @@ class FilledBlanks(Objective):
             raise ValueError(
                 f"`mixture` is {self.mixture}; needed: weights from 0 on of {', '.join(BLANKS)}, not all 0"
             )
+        if self.mixture.get("sentence") and self.find_ends is None:
+            raise ValueError("`mixture` has sentences, but `find_ends` is None, which would tell where they end")
         if not 0.0 < self.mask_fraction <= 0.5:
             raise ValueError(f"`mask_fraction` is {self.mask_fraction}; needed: above 0 and at most 0.5")
         if not 0.0 < self.mean_span_length < math.inf:
@@ -121,7 +123,7 @@ class FilledBlanks(Objective):
         limit = self._most_spans(len(maskable))
         if kind == "token":
             return token_spans(maskable, self.mask_fraction, limit, self._lengths, draw)
-        if kind == "sentence":
+        if kind == "sentence" and self.find_ends is not None:
             return sentence_spans(maskable, self.find_ends(piece.input_ids), self.mask_fraction, limit, draw)
         return document_span(maskable, self.document_fraction, draw)
 

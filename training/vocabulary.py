@@ -1,5 +1,7 @@
 """The model side of an extended vocabulary: rows for the new tokens that begin where their spelling was."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -39,15 +41,17 @@ def resize_for_vocabulary(
     if hasattr(model, "peft_config"):
         raise ValueError("the model has adapters: merge them first (`merge_and_unload`), or resize the base model")
     spelling = spell_new_tokens(old_tokenizer, new_tokenizer)
-    size = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
     highest = max(old_tokenizer.get_vocab().values())
     if highest >= size:
         raise ValueError(f"old_tokenizer has ids up to {highest}, but the model's embedding only {size} rows")
     tied = is_tied(model)
     size = max(size, max(spelling, default=0) + 1)
     model.resize_token_embeddings(size, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
-    tables = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
+    tables = [embeddings.weight]
+    head: Any = model.get_output_embeddings()
     by_direction = isinstance(head, NormHead)
     if head is not None and not tied:
         rows = head.raw_weight if by_direction else head.weight

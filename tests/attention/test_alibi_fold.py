@@ -109,7 +109,7 @@ def attention_run(states, last, weight, attend):
     return output.detach(), *torch.autograd.grad((output * weight.to(output)).sum(), states)
 
 
-@pytest.mark.mostly_slow("1024-bfloat16", "1024-float16")
+@pytest.mark.mostly_thorough("1024-bfloat16", "1024-float16")
 @DTYPES
 @pytest.mark.parametrize("length", [1024, 8192])
 def test_attention_is_as_exact_as_with_a_dense_bias(length, dtype):

@@ -19,6 +19,7 @@ from matrix_cases import (
     loud_model,
     rows,
     tiny_config,
+    windows_mostly_thorough,
 )
 from reference import reference_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -78,7 +79,7 @@ def inputs_of(config, layout):
     return inputs
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", windows_mostly_thorough(CASES))
 @torch.no_grad()
 def test_pieces_equal_the_twin(case):
     config = tiny_config(**CASES[case])

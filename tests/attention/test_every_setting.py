@@ -32,7 +32,7 @@ ONE_AT_A_TIME = variants(
 )
 
 
-def check(fields, layouts, training=False):
+def check(fields, layouts, training=False, tolerance=1e-5):
     config = tiny_config(**fields)
     for layout in layouts:
         model = loud_model(config).train(training)
@@ -45,7 +45,7 @@ def check(fields, layouts, training=False):
         expected = reference_run(config, weights, inputs, training=training)
         for back_end in BACK_ENDS:
             model.set_attn_implementation(back_end)
-            assert_same_run(model_run(model, inputs), expected, inputs, f"{fields}, {layout}, {back_end}")
+            assert_same_run(model_run(model, inputs), expected, inputs, f"{fields}, {layout}, {back_end}", tolerance)
 
 
 @pytest.mark.parametrize("name", ONE_AT_A_TIME)
@@ -139,4 +139,5 @@ def test_every_pair_of_choices():
     for case in cases:
         fields = fields_of(case)
         training = "embedding_gradient_scale" in fields
-        check(fields, [FACTORS["layout"][case["layout"]]], training=training)
+        # The largest error of some thousand tensors, in cases drawn anew each time, is above 1e-5 now and then.
+        check(fields, [FACTORS["layout"][case["layout"]]], training, tolerance=2e-5)

@@ -36,6 +36,30 @@ def test_the_module_and_the_console_script_are_the_command():
     assert version.stderr == "" and version.stdout == f"{minillm.__version__}\n"
 
 
+COMPLETED = """
+import contextlib, io, json, os, sys
+from minillm.cli.main import app
+
+def complete(words):
+    os.environ |= {"_MINILLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        app(prog_name="minillm")
+    return told.getvalue().split()
+
+found = [complete(words) for words in ("minillm presets gl", "minillm info glm-", "minillm info elsewhere")]
+print(json.dumps([*found, sorted({"torch", "transformers"} & set(sys.modules))]))
+"""
+
+
+def test_a_shell_completes_presets_and_families_without_torch():
+    done = subprocess.run([sys.executable, "-c", COMPLETED], capture_output=True, text=True, check=True)
+    families, presets, nothing, heavy = json.loads(done.stdout)
+    assert set(families) == {preset.family for preset in PRESETS.values() if preset.family.startswith("gl")}
+    assert families and sorted(presets) == sorted(name for name in PRESETS if name.startswith("glm-"))
+    assert nothing == heavy == []
+
+
+@pytest.mark.slow
 def test_an_error_of_the_real_command_is_one_line(tmp_path):
     script = str(Path(sys.executable).with_name("minillm"))
     done = subprocess.run([script, "info", "llama-3-8"], capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -195,6 +219,26 @@ def test_info_says_what_an_adapter_is(tmp_path):
     assert "adapter holds no adapter that can be loaded" in fail("info", tmp_path / "adapter")
 
 
+def test_info_says_what_it_was_given_instead_of_a_model(tmp_path):
+    assert "error: the name is empty" in fail("info", "")
+    assert "/dev/null is no file" in fail("info", "/dev/null")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"\x08\xff\xfe\x00")
+    assert f"{weights} is no config file" in fail("info", weights)
+    kinds = {"packed_rows.json": "packed rows", "tokenizer.json": "a tokenizer", "notes.txt": "no model"}
+    for file, kind in kinds.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / file).write_text("{}", "utf-8")
+        told = fail("info", folder)
+        assert f"{folder} holds {kind}" in told and "config.json" in told and "model_type" not in told
+
+
+def test_a_misspelt_preset_is_answered_with_few():
+    told = fail("info", "minillm-causal-11m")
+    assert "minillm-causal-10m" in told and sum(f"'{name}'" in told for name in PRESETS) <= 3 and len(told) < 300
+
+
 def test_info_refuses_what_is_no_minillm_model(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     assert "'llama'" in fail("info", tmp_path / "llama")
@@ -272,11 +316,15 @@ def test_tokenizer_train_names_an_unreadable_file(tmp_path, monkeypatch):
     file = tmp_path / "secret.txt"
     file.write_text("text", "utf-8")
 
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
+    opened = Path.open
+
+    def refuse(path, *mode, **options):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *mode, **options)
 
     # A permission bit would not stop the tests of a super-user.
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     told = fail("tokenizer", "train", file, "--out", tmp_path / "out", "--vocab-size", 300)
     assert "secret.txt cannot be read: Permission denied" in told
     assert tree(tmp_path) == ["secret.txt"]
@@ -338,7 +386,9 @@ def test_all_commands_but_the_demo_run_without_extras():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == ("error: datasets and matplotlib missing. Install: pip install 'minillm-hf[train]'")
+    assert done.stdout.strip() == (
+        "error: datasets and matplotlib and zstandard missing. Install: pip install 'minillm-hf[train]'"
+    )
 
 
 def test_a_command_keeps_libraries_quiet_only_while_it_runs():

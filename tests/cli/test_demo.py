@@ -225,7 +225,7 @@ class Interruption(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.mostly_slow("lora-4")
+@pytest.mark.mostly_thorough("lora-4")
 @pytest.mark.parametrize(("stage", "step"), [("prefix", 15), ("lora", 4)])
 def test_an_interrupted_demo_goes_on_to_the_same_figures(stage, step, finished, corpus, tmp_path, monkeypatch):
     out = tmp_path / "demo"

@@ -63,15 +63,15 @@ def test_a_bad_corpus_is_one_line_and_leaves_no_folder(name, tmp_path):
 
 def test_an_unreadable_corpus_is_one_line_and_leaves_no_folder(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus", files=2)
-    read = Path.read_bytes
+    opened = Path.open
 
-    def refuse(path):
+    def refuse(path, *mode, **options):
         if path.name == "module_1.py":
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return opened(path, *mode, **options)
 
     # A permission bit would not stop the tests of a super-user.
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     told = fail("demo", "--out", tmp_path / "demo", "--corpus", corpus)
     assert "module_1.py cannot be read: Permission denied" in told
     assert not (tmp_path / "demo").exists()
@@ -130,7 +130,7 @@ def test_a_corpus_without_docstrings_is_tuned_to_its_lines_backwards(small, tmp_
     assert "LoRA on lines backwards" in (tmp_path / "demo" / "report.md").read_text("utf-8")
 
 
-@pytest.mark.mostly_slow("1")
+@pytest.mark.mostly_thorough("1")
 @pytest.mark.parametrize("steps", [1, 4])
 def test_every_stage_of_a_short_demo_learns(steps, small, tmp_path):
     corpus, out = write_corpus(tmp_path / "corpus", files=20), tmp_path / "demo"
@@ -186,6 +186,7 @@ def demo_process(out, corpus):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_ctrl_c_in_a_real_process_and_going_on(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=60)
@@ -220,6 +221,7 @@ def test_ctrl_c_in_a_real_process_and_going_on(tmp_path):
         assert found["perplexity"] == pytest.approx(variant["perplexity"], rel=1e-2)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_the_standard_library_is_the_corpus_of_a_demo_without_one(tmp_path):
     """One step of each stage on the real corpus: what the numbers count and that models load and speak."""

@@ -30,6 +30,7 @@ from minillm.evaluation import perplexity
 from minillm.training import DataCollatorForCausalLM, DataCollatorForGLM, DataCollatorForPrefixLM, pack_dataset
 
 SHORT = ("--max-steps", 6, "--batch-size", 4)
+FAST = ("--learning-rate", 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_pre_training_from_a_preset(preset, collator, tiny_preset, models, corpu
     assert [config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id] == [320, 1, 2, 0]
     assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == [1, 2, 0]
     assert not [path for path in tree(out) if path.endswith((".bin", ".pt", ".pkl"))]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-checkpoints"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-checkpoints", "out-run"]
 
 
 @pytest.mark.parametrize("positions", ["rope", "glm_2d"])
@@ -135,7 +136,9 @@ def test_continued_training_starts_where_the_model_stood(models, corpus, tmp_pat
 def test_answers_only(variant, form, models, tmp_path):
     data = write_answers(tmp_path / "data.jsonl", form)
     out = tmp_path / "out"
-    told = succeed("train", "--model", models[variant], "--data", data, "--objective", "sft", "--out", out, *SHORT)
+    told = succeed(
+        "train", "--model", models[variant], "--data", data, "--objective", "sft", "--out", out, *SHORT, *FAST
+    )
     tokenizer = AutoTokenizer.from_pretrained(models[variant])
     model = AutoModelForCausalLM.from_pretrained(out)
     # The last 2 of 40 samples are held out; by hand, one at a time.
@@ -302,6 +305,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(lora, models, corpus, tmp_pa
     assert_same_weights(*loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True], ids=["none", "cut-off"])
 def test_a_run_that_failed_before_its_first_checkpoint_does_not_bind(broken, models, corpus, tmp_path, monkeypatch):
     arguments = ("train", "--model", models["causal"], "--data", corpus, "--out", tmp_path / "out", *SHORT)
@@ -340,14 +344,19 @@ def test_checkpoints_of_other_options_are_not_taken(models, corpus, tmp_path, mo
         assert invoke(*arguments).exit_code == 130
     before = tree(tmp_path)
     told = fail(*arguments, "--seed", 1)
-    assert "was begun with other options ({'seed': 0})" in told
-    assert "was begun with other options ({'special_tokens': False})" in fail(*arguments, "--special-tokens")
+    assert "was begun with other options (seed was 0 and is 1)" in told
+    told = fail(*arguments, "--special-tokens", "--set", "use_cache=false")
+    assert "(settings was {} and is {'use_cache': False}; special_tokens was False and is True)" in told
     assert tree(tmp_path) == before
     foreign = tmp_path / "other-checkpoints"
     foreign.mkdir()
     (foreign / "mine.txt").write_text("mine", "utf-8")
     assert "is not empty" in fail(*arguments[:-6], "--out", tmp_path / "other", *SHORT)
     assert tree(foreign) == ["mine.txt"]
+
+
+# Of memory, one pass before the first step.
+STEPS_AND_PROBE = 7
 
 
 @pytest.fixture
@@ -366,7 +375,7 @@ def logits_in_training(monkeypatch):
     return returned
 
 
-@pytest.mark.mostly_slow("prefix", "lora")
+@pytest.mark.mostly_thorough("prefix", "lora")
 @pytest.mark.parametrize(
     ("variant", "options"),
     [("causal", ()), ("prefix", ()), ("prefix", ("--lora",)), ("prefix", ("--objective", "glm"))],
@@ -377,7 +386,7 @@ def test_steps_hold_no_logits_and_the_config_says_nothing(
 ):
     out = tmp_path / "out"
     told = succeed("train", "--model", models[variant], "--data", corpus, "--out", out, *options, *SHORT)
-    assert len(losses(told)) == 6 and logits_in_training == [False] * 6
+    assert len(losses(told)) == 6 and logits_in_training == [False] * STEPS_AND_PROBE
     model = AutoModelForCausalLM.from_pretrained(out).train()
     assert model.config.skip_logits is False
     saved = [json.loads(path.read_text("utf-8")) for path in tmp_path.rglob("config.json")]
@@ -400,7 +409,7 @@ def test_a_head_that_needs_logits_is_told_of(models, corpus, tmp_path, monkeypat
     monkeypatch.setattr(module, "build_model", hooked)
     told = succeed("train", "--model", models["causal"], "--data", corpus, "--out", tmp_path / "out", *SHORT)
     assert told.count("each step holds all logits, which takes memory: the head has hooks") == 1
-    assert len(losses(told)) == 6 and logits_in_training == [True] * 6
+    assert len(losses(told)) == 6 and logits_in_training == [True] * STEPS_AND_PROBE
 
 
 def test_evaluation_in_between_has_logits(models, tmp_path, logits_in_training):

@@ -59,16 +59,16 @@ def test_out_and_data_are_needed(models, corpus, tmp_path):
     ("text", "words"),
     [
         ("max_stepps: 3", "unknown options ['max_stepps']"),
-        ("max_steps: ten", "the option max_steps must be int, not 'ten'"),
-        ("max_steps: 0", "the option max_steps is 0; it must be at least 1"),
-        ("max_steps: true", "the option max_steps must be int, not True"),
-        ("batch_size: 2.5", "the option batch_size must be int, not 2.5"),
-        ("learning_rate: fast", "the option learning_rate must be float or nothing"),
+        ("max_steps: ten", "the option max_steps is 'ten'"),
+        ("max_steps: 0", "the option max_steps is 0: "),
+        ("max_steps: true", "the option max_steps is True; it must be one value"),
+        ("batch_size: 2.5", "the option batch_size is 2.5"),
+        ("learning_rate: fast", "the option learning_rate is 'fast'"),
         ("learning_rate: .nan", "the option learning_rate is nan"),
-        ("learning_rate: -1", "the option learning_rate is -1.0"),
-        ("lora: 'no'", "the option lora must be bool, not 'no'"),
-        ("objective: bert", "--objective 'bert' is unknown; allowed: causal, prefix, glm, sft"),
-        ("model: [a]", "the option model must be str or nothing"),
+        ("learning_rate: -1", "the option learning_rate is -1"),
+        ("lora: 'no'", "the option lora is 'no'; it must be true or false"),
+        ("objective: bert", "'bert' is not one of 'causal', 'prefix', 'glm', 'sft'"),
+        ("model: [a]", "the option model is ['a']; it must be one value"),
         ("- a", "must hold a mapping of options"),
         ("", "must hold a mapping of options"),
         ("a: b: c", "is neither YAML nor JSON"),
@@ -93,8 +93,11 @@ def test_a_missing_or_binary_file_of_options_is_named(models, tmp_path):
     ("line", "words"),
     [
         ("{", "line 3 is no JSON"),
-        ("7", "line 3 holds 7; needed: prompt and completion, or messages"),
-        ('{"text": "a"}', "line 3 has the keys ['text']; needed: prompt and completion, or messages"),
+        ("7", "line 3 holds 7; needed: an object with named fields"),
+        (
+            '{"question": "a"}',
+            "line 3 has the keys ['question']; needed: text; or prompt and completion; or instruction",
+        ),
         ('{"prompt": "a", "completion": 3}', "line 3: completion must be a string, not 3"),
         ('{"messages": "a"}', "line 3 holds no messages that can be read"),
         ('{"messages": [{"role": "wizard", "content": "a"}]}', "unknown role 'wizard'"),
@@ -116,10 +119,10 @@ def test_data_that_cannot_be_used_is_named(models, tmp_path):
         return told
 
     assert "nowhere does not exist" in refused(tmp_path / "nowhere")
-    assert "nowhere is no file" in refused(tmp_path / "nowhere", "--objective", "sft")
+    assert "nowhere does not exist" in refused(tmp_path / "nowhere", "--objective", "sft")
     (tmp_path / "folder").mkdir()
     assert "holds no text" in refused(tmp_path / "folder")
-    assert "folder is no file" in refused(tmp_path / "folder", "--objective", "sft")
+    assert "folder holds no text" in refused(tmp_path / "folder", "--objective", "sft")
     (tmp_path / "binary").write_bytes(b"\xff\x00")
     assert "binary is not UTF-8 text" in refused(tmp_path / "binary", "--objective", "sft")
     (tmp_path / "short.txt").write_text("a few words", "utf-8")

@@ -103,15 +103,15 @@ ADAPTER = ("--max-steps", 20, "--lora")
 ONE = ("--max-steps", 1)
 
 
-@pytest.mark.mostly_slow("warm-up of 3", "lora", "no warm-up")
+@pytest.mark.mostly_thorough("warm-up of 3", "lora", "no warm-up")
 @pytest.mark.parametrize(
     ("arguments", "steps", "peak"),
     [
-        (("--max-steps", 62), 62, 1e-3),
+        (("--max-steps", 62), 62, 5e-5),
         (ADAPTER, 20, 2e-3),
         (FAST, 20, 0.05),
         (("--max-steps", 19, "--lora", "--learning-rate", 0.007), 19, 7e-3),
-        (ONE, 1, 1e-3),
+        (ONE, 1, 5e-5),
     ],
     ids=["warm-up of 3", "lora", "own rate", "no warm-up", "one step"],
 )

@@ -333,7 +333,7 @@ def has_any_effect(before, after):
     return before.attention_type != "bidirectional" and (generated(before, after) or started(before, after))
 
 
-@pytest.mark.mostly_slow(
+@pytest.mark.mostly_thorough(
     "positions-alibi",
     "rope_2d-prefix",
     "yarn",

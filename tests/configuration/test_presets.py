@@ -178,3 +178,27 @@ def test_a_config_for_a_tokenizer_with_unused_ids_has_room_for_all():
     words = Tokenizer(WordLevel({"one": 0, "two": 9}, unk_token="one"))
     config = MiniLLMConfig.for_tokenizer(PreTrainedTokenizerFast(tokenizer_object=words), hidden_size=64)
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (10, None, None)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["gpt2", None, Tokenizer(WordLevel({"one": 0})), MiniLLMConfig()], ids=lambda wrong: type(wrong).__name__
+)
+def test_a_config_is_made_for_a_tokenizer_of_transformers_only(wrong):
+    with pytest.raises(TypeError, match=r"must be a tokenizer of transformers, not .*AutoTokenizer.from_pretrained"):
+        MiniLLMConfig.for_tokenizer(wrong)
+
+
+def test_a_config_for_a_tokenizer_has_no_ids_of_another_one(caplog):
+    words = WordLevel({f"word{n}": n for n in range(12)}, unk_token="word0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MiniLLMConfig.for_tokenizer(tokenizer, preset="chatglm-6b", **small)
+    blanks = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id")
+    assert [getattr(config, name) for name in blanks] == [None] * 4 and "lies outside" not in caplog.text
+    wide = MiniLLMConfig.for_tokenizer(tokenizer, preset="chatglm-6b", vocab_size=130528, **small)
+    assert [getattr(wide, name) for name in blanks] == [130000, 130001, None, 130004]
+    given = MiniLLMConfig.for_tokenizer(tokenizer, preset="chatglm-6b", mask_token_id=3, sop_token_id=4, **small)
+    assert [getattr(given, name) for name in blanks] == [3, None, None, 4]
+    for field, value in {"eos_token_id": 300, "mask_token_id": 12, "turn_token_ids": [1, 12]}.items():
+        with pytest.raises(ValueError, match=rf"`{field}=(300|12)` lies outside the vocabulary of `vocab_size=12`"):
+            MiniLLMConfig.for_tokenizer(tokenizer, **{field: value})

@@ -34,7 +34,7 @@ def told(caplog):
 # --- convert and export ---
 
 
-@pytest.mark.mostly_slow("bloom_odd_heads", "mixtral")
+@pytest.mark.mostly_thorough("bloom_odd_heads", "mixtral")
 @pytest.mark.parametrize(
     "name", ["gpt2", "bloom_odd_heads", "llama_gqa_tied", "falcon_rw", "mpt_odd_heads", "mixtral"]
 )
@@ -88,7 +88,7 @@ def test_a_source_that_cannot_be_run_is_not_compared(tmp_path, told):
     assert "were not compared" in told()
 
 
-@pytest.mark.mostly_slow("torch.bfloat16")
+@pytest.mark.mostly_thorough("torch.bfloat16")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_what_differs_is_refused_and_leaves_nothing(dtype, tmp_path, monkeypatch):
     save_native(tmp_path / "native", "llama")
@@ -216,7 +216,7 @@ def save_adapter(base, folder, **options):
     return logits_of(PeftModel.from_pretrained(MiniLLMForCausalLM.from_pretrained(base), folder))
 
 
-@pytest.mark.mostly_slow("minillm-both", "minillm-kept_tied", "llama-inside")
+@pytest.mark.mostly_thorough("minillm-both", "minillm-kept_tied", "llama-inside")
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("family", ["minillm", "llama"])
 def test_merging_into_tied_tables_is_exact(name, family, tmp_path):

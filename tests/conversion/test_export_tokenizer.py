@@ -239,6 +239,7 @@ def test_links_inside_the_folder_and_of_the_hubs_cache_are_followed(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "llama")(MIXED_TEXT) == tokenizer(MIXED_TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["/tmp/elsewhere.Mine", "../secret.Mine", "sub/mine.Mine"])
 def test_code_outside_the_folder_is_not_copied(reference, tmp_path):
     save_native(tmp_path / "native")

@@ -200,6 +200,7 @@ def assert_continues(equations, model, texts, use_cache):
         assert largest(logits, expected) <= 5e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILY_OF if name not in RECORDED])
 def test_a_drawn_checkpoint_comes_in_and_goes_out(name, models, tmp_path):
     _, _, folder = models(name)

@@ -31,7 +31,7 @@ def test_a_title_is_passed_over(llama):
     torch.testing.assert_close(logits_of(model), logits_of(native), atol=1e-5, rtol=0)
 
 
-@pytest.mark.mostly_slow("llama_gqa_tied")
+@pytest.mark.mostly_thorough("llama_gqa_tied")
 @pytest.mark.parametrize("name", ["llama", "llama_gqa_tied", "llama_mqa"])
 def test_logits_tokenizer_and_generation_config(name, tmp_path):
     native = native_model(name.replace("mqa", "gqa_tied"))

@@ -122,7 +122,7 @@ def test_bfloat16_is_no_farther_from_float32_than_the_reference(name, folders):
     assert error <= 1.5 * allowed, f"error {error:.4f}, the reference's own {allowed:.4f}"
 
 
-@pytest.mark.mostly_slow(
+@pytest.mark.mostly_thorough(
     "gpt2", "bloom_odd_heads", "llama_gqa_tied", "falcon_40b", "falcon_rw", "mpt_odd_heads", "glm", "mixtral"
 )
 @each_case

@@ -111,6 +111,7 @@ def test_it_talks(gguf_file, folder):
     assert told.splitlines() == [line for line in shown if not line.startswith("> ")]
 
 
+@pytest.mark.thorough
 def test_tuned_merged_and_exported_it_is_a_llama_again(gguf_file, folder):
     told = run_example("convert_and_tune.py", gguf_file, "--steps", 12, "--out", "out", folder=folder)
     assert "converted: MiniLLMForCausalLM, 134,515,008 parameters" in told

@@ -105,7 +105,7 @@ torch.save(model(torch.tensor([[3, 9, 4, 33, 21, 7]])).logits.detach(), "logits.
 """
 
 
-@pytest.mark.mostly_slow("sharded")
+@pytest.mark.mostly_thorough("sharded")
 @pytest.mark.parametrize("kind", ["whole", "sharded", "bin"])
 def test_a_repository_over_http(kind, tmp_path):
     native = save_native(tmp_path / "native", max_shard_size="20KB" if kind == "sharded" else "1GB")

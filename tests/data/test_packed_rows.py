@@ -325,15 +325,29 @@ def test_a_run_goes_on_behind_its_complete_files(tmp_path):
     assert len(read) <= 4 * (len(shards) + 1)
 
 
-def test_a_complete_folder_is_opened_without_reading_a_stream(tmp_path):
+def test_of_a_stream_its_first_samples_are_compared_with_a_complete_folder(tmp_path):
     samples, collator = samples_for("causal"), causal()
-    rows = pack_dataset(streamed(samples), collator, folder=tmp_path / "rows")
+    options = {"folder": tmp_path / "rows", "window_tokens": WINDOW}
+    rows = pack_dataset(streamed(samples), collator, **options)
 
-    def untouched():
-        raise AssertionError("read")
-        yield
+    def begun():
+        yield from samples[:4]
+        raise AssertionError("read on")
 
-    assert list(pack_dataset(untouched(), collator, folder=tmp_path / "rows")) == list(rows)
+    assert list(pack_dataset(begun(), collator, **options)) == list(rows)
+    before = file_contents(tmp_path / "rows")
+    others = samples_for("causal", seed=1)
+    for other in (others, [*samples[:3], others[3]], samples[:3], samples[1:], []):
+        for source in ("generator", "stream of datasets") if other else ("generator",):
+            with pytest.raises(
+                ValueError, match=r"packed from another source \(its samples 0 to 3 are others, or miss"
+            ):
+                pack_dataset(SOURCES[source](other), collator, **options)
+    assert file_contents(tmp_path / "rows") == before
+    few = tmp_path / "few"
+    pack_dataset(streamed(samples[:2]), collator, folder=few)
+    with pytest.raises(ValueError, match="its samples 0 to 1 are others, or missing"):
+        pack_dataset(streamed(others), collator, folder=few)
 
 
 @pytest.mark.parametrize("size", [150, 1_200])
@@ -532,7 +546,7 @@ def test_without_pyarrow_one_line_says_how_to_get_it(tmp_path, monkeypatch):
 # --- the rest of the house ---
 
 
-@pytest.mark.mostly_slow("prefix-0")
+@pytest.mark.mostly_thorough("prefix-0")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trainer_learns_from_them_as_from_a_list(variant, workers, tmp_path):

@@ -36,6 +36,7 @@ PICTURES = {
     "tokenizer": ["tokenizer.png"],
     "collators": ["collators.png"],
     "conversion": [],
+    "train": ["train.png"],
 }
 
 
@@ -55,6 +56,7 @@ def run(tmp_path_factory) -> tuple[Path, str]:
     return out, done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_leaves_figures_tables_and_pictures(run, kind):
@@ -76,6 +78,7 @@ def test_a_kind_leaves_figures_tables_and_pictures(run, kind):
         assert (out / name).read_bytes().startswith(b"\x89PNG") and (out / name).stat().st_size < 80_000
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_there_are_no_other_pictures(run):
     names = sorted(path.name for path in run[0].glob("*.png"))
@@ -273,6 +276,7 @@ def test_an_attention_layer_gets_what_its_model_gives_it(name):
     assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_the_plans_for_cuda_run_on_cpu(monkeypatch):
     """With SDPA in place of flex attention, which has no backward pass on CPU, and compiled without a compiler."""

@@ -122,7 +122,7 @@ def test_sampled(scheme):
     assert found == [[span for _, span in spans] for spans in done]
 
 
-@pytest.mark.mostly_slow("glm_2d-table40")
+@pytest.mark.mostly_thorough("glm_2d-table40")
 @each_scheme
 def test_compiled_decoding_steps(scheme):
     torch._dynamo.reset()
@@ -306,7 +306,7 @@ def test_the_layout_is_what_token_ids_alone_tell(blank, counting):
     assert row.labels == [-100] * 5 + [10, 11, EOP]
 
 
-@pytest.mark.mostly_slow("glm_2d-table40", "rope")
+@pytest.mark.mostly_thorough("glm_2d-table40", "rope")
 @each_scheme
 def test_generate_samples_and_streams_after_a_blank(scheme):
     """`generate()` itself, on a prompt of a text with `[gMASK]` and the start token."""

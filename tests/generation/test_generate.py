@@ -85,7 +85,7 @@ def test_greedy(attention_type, scheme, back_end, cache):
     assert torch.equal(answers, expected_answers(attention_type, scheme))
 
 
-@pytest.mark.mostly_slow("prefix-alibi-sdpa", "prefix-learned-eager", "causal-rope_default-gqa-sdpa")
+@pytest.mark.mostly_thorough("prefix-alibi-sdpa", "prefix-learned-eager", "causal-rope_default-gqa-sdpa")
 @each_back_end
 @each_variant
 def test_greedy_static_compiled(attention_type, scheme, back_end):
@@ -424,7 +424,7 @@ def unpadded(ids, mask):
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
-@pytest.mark.mostly_slow("rope_default-gqa-sdpa", "learned-eager")
+@pytest.mark.mostly_thorough("rope_default-gqa-sdpa", "learned-eager")
 @each_back_end
 @pytest.mark.parametrize("scheme", ["rope_default-gqa", "learned", "none"])
 def test_continuous_batching(scheme, back_end):

@@ -195,7 +195,7 @@ def test_packed_documents_equal_padded_ones(variant, by):
     assert_equal(run(model, **row, use_cache=False).logits, torch.cat(alone, dim=1))
 
 
-@pytest.mark.mostly_slow("prefix-alibi-training", "moe-evaluation")
+@pytest.mark.mostly_thorough("prefix-alibi-training", "moe-evaluation")
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @every_variant
 def test_the_forward_compiles_without_a_graph_break(variant, training):

@@ -122,7 +122,7 @@ NEW_INPUTS = {
 }
 
 
-@pytest.mark.mostly_slow("prefix_mask", "rows_of_logits")
+@pytest.mark.mostly_thorough("prefix_mask", "rows_of_logits")
 @pytest.mark.parametrize("case", NEW_INPUTS)
 @torch.no_grad()
 def test_an_input_that_is_new_to_a_compiled_model(case):

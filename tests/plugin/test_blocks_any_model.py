@@ -119,6 +119,7 @@ def test_short_texts_are_left_to_sdpa(length, counted, monkeypatch):
     assert not counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_lengths", [False, True], ids=["", "lengths for flash kernels"])
 def test_the_stock_trainer_packs(with_lengths, counted, tmp_path):
     generator, losses = torch.Generator().manual_seed(3), []

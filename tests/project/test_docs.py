@@ -20,7 +20,7 @@ DRAWING = re.compile(r"<!-- mask: (\{[^\n]*\}) -->\n```text\n(.*?)```", re.S)
 DRAWINGS = DRAWING.findall((DOCS / "variants.md").read_text("utf-8"))
 OF_THEIR_OWN = ["variants", "publishing", "tokenizers", "conversion", "infilling", "blocks"]
 # What these need is imported by other tests already; a process of their own would double their time.
-IN_PROCESS = ["adapters", "objectives", "preference_training"]
+IN_PROCESS = ["adapters", "data", "evaluation", "objectives", "preference_training"]
 PER_TOKEN = ("attention_mask", "prefix_mask", "document_ids")
 
 
@@ -77,7 +77,7 @@ def test_the_code_of_a_page_runs_in_this_process(page, tmp_path, monkeypatch, ca
     assert_shown(page, capsys.readouterr().out)
 
 
-@pytest.mark.mostly_slow("variants")
+@pytest.mark.mostly_thorough("variants")
 @pytest.mark.parametrize("page", [*OF_THEIR_OWN, pytest.param("tracking", marks=pytest.mark.slow)])
 def test_the_code_of_a_page_runs(page, tmp_path):
     with running_hub(tmp_path / "hub") as environment:

@@ -35,6 +35,7 @@ def runs(request, tmp_path_factory):
     return request.param, folder, told, tuned
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_its_folder_loads(runs):
     variant, folder, told, _ = runs
     assert len(losses(told)) == 20 and losses(told)[-1] < losses(told)[0] - 1.5

@@ -155,6 +155,7 @@ def test_what_cannot_stand_in_one_file_is_refused(written, case):
         written("top", **sources)
 
 
+@pytest.mark.slow
 def test_a_copy_has_no_presets_and_says_where_they_are(tmp_path):
     MiniLLMConfig(vocab_size=8).save_pretrained(tmp_path)
     code = (

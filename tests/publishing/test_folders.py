@@ -61,7 +61,7 @@ def prepare(case, root):
     return folder
 
 
-@pytest.mark.mostly_slow(
+@pytest.mark.mostly_thorough(
     "another config-killed",
     "another config-full disk",
     "whole to shards-killed",
@@ -76,6 +76,9 @@ def test_old_or_new_loads_where_a_save_ends(case, ending, tmp_path):
     end_saves(case, ending, tmp_path, lambda count: [count // 2, *range(count - 9, count, 3)])
 
 
+@pytest.mark.mostly_thorough(
+    "another config-killed", "whole to shards-full disk", "shards to whole-killed", "tokenizer-killed"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("case", [*CASES, "shards to whole", "shards to other shards"])
@@ -118,6 +121,7 @@ def end_saves(case, ending, tmp_path, choose):
     assert {path.name for path in tmp_path.iterdir()} <= {"model", "llama", "fresh"}
 
 
+@pytest.mark.slow
 def test_without_an_exchange_nothing_is_ever_a_mixture(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "exchanged", lambda *arguments: False)
     save, folder = CASES["whole to shards"][0], tmp_path / "model"
@@ -143,10 +147,12 @@ def test_without_an_exchange_nothing_is_ever_a_mixture(tmp_path, monkeypatch):
     assert not [name for name in tree(tmp_path) if name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments(tmp_path):
     kill_at_random(tmp_path, 12)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_many_kills_at_random_moments(tmp_path):
     kill_at_random(tmp_path, 300)
@@ -375,6 +381,7 @@ def test_many_that_save_into_one_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_of_two_conversions_one_is_refused_and_one_is_whole(tmp_path):
     llama(tmp_path / "llama")
 
@@ -502,7 +509,7 @@ FOREIGN = {
 }
 
 
-@pytest.mark.mostly_slow("train.py", "vocab.txt", "adapter_config.json")
+@pytest.mark.mostly_thorough("train.py", "vocab.txt", "adapter_config.json")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_overwrite_keeps_what_only_looks_like_a_file_of_the_model(name, things, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -638,7 +645,7 @@ def small_files_only(size):
 SLOW = {"demo": pytest.mark.slow}
 
 
-@pytest.mark.mostly_slow("export-2000", "tokenizer train-2000")
+@pytest.mark.mostly_thorough("export-2000", "tokenizer train-2000")
 @pytest.mark.parametrize("size", [2_000, 35_000])
 @pytest.mark.parametrize("command", [pytest.param(name, marks=SLOW.get(name, ())) for name in COMMANDS])
 def test_a_full_disk_is_one_line_and_another_run_recovers(command, size, things, tmp_path):

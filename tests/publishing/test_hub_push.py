@@ -56,7 +56,8 @@ def card(folder):
     return (folder / "README.md").read_text("utf-8") if (folder / "README.md").exists() else None
 
 
-@pytest.mark.mostly_slow("None")
+@pytest.mark.slow
+@pytest.mark.mostly_thorough("None")
 @pytest.mark.parametrize("revision", [None, "dev"])
 def test_the_models_card_stands_in_any_order(revision, push):
     user = push(f"""

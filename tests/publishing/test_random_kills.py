@@ -153,7 +153,7 @@ def end_and_recover(name, moments):
         assert in_child(work, root / "out") == 0, tree(root)
         assert load(root / "out") == new
         left = {path.name for path in root.iterdir()} - {path.name for path in sources()[1].iterdir()}
-        assert left <= {"out", "out-checkpoints"}, tree(root)
+        assert left <= {"out", "out-checkpoints", "out-run"}, tree(root)
         assert not [path for path in tree(root) if path.rpartition("/")[2].startswith(".")]
 
 

@@ -29,6 +29,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_every_class_and_variant(tmp_path):
     cases = []
     for name, fields in VARIANTS.items():
@@ -71,6 +72,7 @@ def test_a_stranger_loads_every_class_and_variant(tmp_path):
     assert visit(cases, tmp_path) == {case["name"]: "equal" for case in cases}
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_what_trainer_and_lora_leave(tmp_path):
     ids = [list(range(5, 25))] * 8
     data = [{"input_ids": row, "labels": row} for row in ids]
@@ -133,6 +135,7 @@ print(type(again).__name__, same)
 """
 
 
+@pytest.mark.slow
 def test_hub_over_http(tmp_path):
     model = tiny(attention_type="prefix")
     model.save_pretrained(tmp_path / "local")

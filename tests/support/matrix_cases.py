@@ -1,5 +1,6 @@
 """Tiny models and batches for the tests that hold the model against the naive twin in `reference.py`."""
 
+import pytest
 import torch
 from reference import reference_logits
 from variants import variants
@@ -63,6 +64,12 @@ def attention_cases(attention_types=("causal", "prefix", "bidirectional")):
                             **fields,
                         },
                     )
+
+
+def windows_mostly_thorough(cases):
+    """The cases for `parametrize`: by default a window runs with grouped keys only, the others are thorough."""
+    slow = ("-mha-window3", "-mqa-window3")
+    return [pytest.param(case, marks=[pytest.mark.thorough] * case.endswith(slow)) for case in cases]
 
 
 def has_two_axes(config):

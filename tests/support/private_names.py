@@ -15,8 +15,8 @@ ROOMS = sorted(path.parent.name for path in REPOSITORY.glob("*/__init__.py"))
 PUBLIC = {"_replace", "_asdict", "_fields"}
 """Methods of named tuples."""
 
-NOT_THEIRS = {"_getframe"}
-"""Of Python itself."""
+NOT_THEIRS = {"_getframe", "_loglikelihood_tokens"}
+"""Of Python itself, and of lm-evaluation-harness, which need not be installed."""
 
 AGREED = {"_apply_gate", "_validate_ntk_rope_parameters", "_model_name_or_path"}
 """Two methods of ours, which transformers calls by their names, and a key that it writes: no base class has them."""
@@ -76,7 +76,7 @@ def classes_of(path: str, tree: ast.Module) -> dict[type, set[str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             parts = [name for part in ast.walk(node) for name in [*defined(part), *set_on_self(part)]]
-            names = {name for name in parts if is_private(name)}
+            names = {name for name in parts if is_private(name) and name not in NOT_THEIRS}
             if names:
                 found[getattr(module_of(path), node.name)] = names
     return found

@@ -83,6 +83,6 @@ if __name__ == "__main__":
     stock.compile_friendly_flex_attention = uncompiled
     root = Path(sys.argv[1])
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        do = refusal_of if folder.name == "one_shared_head" else run
+        do = refusal_of if folder.name == "mqa" else run
         torch.save(do(folder), root / f"{folder.name}.{os.environ['RANK']}.pt")
     dist.destroy_process_group()

@@ -333,6 +333,7 @@ def test_some_tokens_may_be_read_all_the_same(tokenizer):
     assert read_literally(tokenizer, "nothing").tokenizer is tokenizer
 
 
+@pytest.mark.slow
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(TypeError, match="CanineTokenizer is no fast tokenizer"):
         read_literally(CanineTokenizer(), "text")

@@ -264,7 +264,7 @@ def test_the_flat_files_stand_alone():
         names = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
         roots |= {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
     travelling = {module.__name__ for module in beside}
-    assert roots == {"tokenizers", "transformers", "transformers.utils", *travelling}
+    assert {root.partition(".")[0] for root in roots - travelling} == {"tokenizers", "transformers"}
 
 
 def test_no_private_method_of_the_base_class_is_overridden():

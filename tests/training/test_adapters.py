@@ -253,7 +253,8 @@ print([type(finder).__name__ for finder in sys.meta_path].count("AfterImport"))
 """
 
 
-@pytest.mark.mostly_slow("model-first")
+@pytest.mark.slow
+@pytest.mark.mostly_thorough("model-first")
 @pytest.mark.parametrize("first", ["import peft", "import transformers"], ids=["peft-first", "model-first"])
 def test_a_stranger_needs_no_targets(first, base, tmp_path):
     done = in_process(STRANGER.format(first=first), tmp_path)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from minillm.data.packing import best_fit_decreasing
-from minillm.training.collators import DataCollatorForCausalLM, pack_dataset
+from minillm.training.collators import DataCollatorForCausalLM, DataCollatorForSFT, pack_dataset
 
 
 def causal(**arguments):
@@ -239,6 +239,27 @@ def test_packing_leaves_out_documents_without_a_score_and_counts_them(warnings):
     assert pack_dataset(rows, collator) == rows and not warnings.records
     with pytest.raises(ValueError, match="the data set holds no token to score"):
         pack_dataset(unscored, collator)
+
+
+@pytest.mark.parametrize("folder", [None, "rows"], ids=["memory", "disk"])
+def test_packing_leaves_out_empty_documents_and_counts_them(folder, warnings, tmp_path):
+    empty = [{"input_ids": []}, [], {"input_ids": [1, 2], "attention_mask": [0, 0]}, np.empty(0, np.int32)]
+    folder = None if folder is None else tmp_path / folder
+    rows = pack_dataset([*empty, [5], {"input_ids": [1, 2, 3]}, []], causal(), folder=folder)
+    assert [row["input_ids"] for row in rows] == [[1, 2, 3]]
+    assert "6 of 7 documents hold no token to score and are left out" in warnings.records[-1].message
+    with pytest.raises(ValueError, match="the data set holds no token to score"):
+        pack_dataset(empty, causal(), folder=folder and tmp_path / "empty")
+    # All else that is wrong with a sample still ends packing.
+    with pytest.raises(ValueError, match="sample 1 of 2: `input_ids` hold the negative id -2"):
+        pack_dataset([[], [1, -2]], causal())
+
+
+def test_packing_leaves_out_conversations_without_a_token():
+    collator = DataCollatorForSFT(max_length=8, pad_token_id=0)
+    empty = [{"prompt_ids": [], "completion_ids": []}, {"input_ids": [], "labels": []}]
+    rows = pack_dataset([*empty, {"prompt_ids": [1], "completion_ids": [2, 3]}], collator)
+    assert [row["labels"] for row in rows] == [[-100, 2, 3]]
 
 
 def test_every_row_of_a_packed_data_set_can_be_a_batch():

@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 PYTHON = re.compile(r"^```python\n(.*?)^```\n(?:\n^```text\n(.*?)^```)?", re.M | re.S)
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = PYTHON.findall(PAGE.read_text("utf-8"))

@@ -126,7 +126,7 @@ def learnable(count, seed=0):
     return [{"input_ids": [token + 7 for token in document["input_ids"]]} for document in documents]
 
 
-@pytest.mark.mostly_slow("glm_2d-table65-None")
+@pytest.mark.mostly_thorough("glm_2d-table65-None")
 @pytest.mark.parametrize("kind", [None, "document"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_loss_falls_in_the_stock_trainer(scheme, kind, tmp_path):

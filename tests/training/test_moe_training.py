@@ -62,7 +62,7 @@ def right_padded(documents):
     }
 
 
-@pytest.mark.mostly_slow("with_router-2")
+@pytest.mark.mostly_thorough("with_router-2")
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("router", [True, False], ids=["with_router", "without"])
 def test_the_trainer_trains_as_mixtral(router, steps, tmp_path):
@@ -97,7 +97,7 @@ def test_packed_rows_are_learned(tmp_path):
 # --- TRL ---
 
 
-@pytest.mark.mostly_slow("None-{}", "0.5-{'packing': True}")
+@pytest.mark.mostly_thorough("None-{}", "0.5-{'packing': True}")
 @pytest.mark.parametrize("options", [{}, {"padding_free": True, "max_length": None}, {"packing": True}], ids=str)
 @pytest.mark.parametrize("coefficient", [None, 0.5, 0.0])
 def test_supervised_fine_tuning_equals_mixtral(coefficient, options, tokenizer, tmp_path):
@@ -156,6 +156,7 @@ PREFERENCES = [
 ]
 
 
+@pytest.mark.slow
 def test_preference_optimisation_equals_mixtral(tokenizer, tmp_path):
     model = model_for(tokenizer, **MOE)
     runs = []
@@ -209,6 +210,7 @@ def test_adapters(options, adapted, tmp_path):
     assert (merged(ids).logits - found).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_lora_in_supervised_fine_tuning_has_the_auxiliary_loss(tokenizer, tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4)
     options = {"gradient_checkpointing": True, "optim": "adamw_torch", "learning_rate": 0.01}

@@ -167,7 +167,7 @@ def test_default_targets(name, fields, expected):
     assert adapted == expected
 
 
-@pytest.mark.mostly_slow("prefix")
+@pytest.mark.mostly_thorough("prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lora_in_the_trainer_from_base_to_published_model(variant, tmp_path):
     collator = collator_for(variant)
@@ -201,7 +201,7 @@ def test_lora_in_the_trainer_from_base_to_published_model(variant, tmp_path):
     assert published.generate(prompt, max_new_tokens=5).tolist() == merged.generate(prompt, max_new_tokens=5).tolist()
 
 
-@pytest.mark.mostly_slow("prefix-not_reentrant")
+@pytest.mark.mostly_thorough("prefix-not_reentrant")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lora_with_gradient_checkpointing_trains_the_same(variant, reentrant, tmp_path):

@@ -114,7 +114,8 @@ def test_the_loss_is_the_papers(method, variant, tokenizer, tmp_path):
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.mostly_slow("dpo")
+@pytest.mark.slow
+@pytest.mark.mostly_thorough("dpo")
 @pytest.mark.parametrize(
     ("method", "options"),
     [("dpo", {}), ("dpo", {"padding_free": True}), ("kto", {})],
@@ -129,7 +130,7 @@ def test_preference_optimisation_equals_llama(method, options, tokenizer, tmp_pa
     assert found[-1] < found[0]
 
 
-@pytest.mark.mostly_slow("dpo-prefix-lora")
+@pytest.mark.mostly_thorough("dpo-prefix-lora")
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
@@ -142,6 +143,7 @@ def test_preference_optimisation_learns(method, variant, adapter, tokenizer, tmp
     assert sum(losses[-3:]) / 3 < 0.87 * losses[0]
 
 
+@pytest.mark.slow
 def test_preference_optimisation_of_a_normalised_head_scores_as_the_model_does(tokenizer, tmp_path):
     """Beside a plain head of the same rows; the first loss alone is that of a coin toss for any head."""
     entries = []
@@ -171,6 +173,7 @@ def test_the_loss_of_rewards_is_the_odds_that_the_chosen_text_wins(variant, toke
     assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_training_of_rewards_equals_llama(tokenizer, tmp_path):
     model = reward_model_for("causal", tokenizer)
     twin = llama_twin(model, LlamaForSequenceClassification)
@@ -180,7 +183,7 @@ def test_training_of_rewards_equals_llama(tokenizer, tmp_path):
     assert found[-1] < found[0]
 
 
-@pytest.mark.mostly_slow("prefix-lora")
+@pytest.mark.mostly_thorough("prefix-lora")
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_reward_model_learns_and_loads(variant, adapter, tokenizer, tmp_path):

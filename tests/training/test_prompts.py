@@ -258,6 +258,7 @@ def test_tokens_of_turns_are_those_of_the_template(tokenizer):
     assert other.turn_token_ids == other.convert_tokens_to_ids(["[user]", "[assistant]"])
 
 
+@pytest.mark.slow
 def test_the_command_line_says_where_a_template_has_no_tokens_for_turns(tokenizer, tmp_path):
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -329,6 +330,7 @@ def test_a_trained_conversation_is_what_generate_reads(tokenizer):
     assert_close(told.logits[0], trained.double(), "first token of the second answer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "prefix"])
 def test_the_command_line_names_the_tokens_of_a_chat(objective, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")

@@ -3,7 +3,6 @@
 import gc
 import json
 import sqlite3
-import sys
 
 import optuna
 import pytest
@@ -15,31 +14,20 @@ from minillm.training.collators import pack_dataset
 OF_THE_RUN = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss"}
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """The folder in which trackio keeps its databases; it asks for it when it is imported."""
-    assert "trackio" not in sys.modules
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("runs")))
-        import trackio
-
-        yield trackio.utils.TRACKIO_DIR
-
-
 def trained(variant, folder, model=None, **arguments):
     collator = collator_for(variant)
     rows = pack_dataset(counting_documents(40), collator)
     return make_trainer(model, rows, collator, folder, eval_dataset=rows[:4], max_steps=4, **arguments)
 
 
-@pytest.mark.mostly_slow("prefix")
+@pytest.mark.mostly_thorough("prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_trackio_keeps_every_logged_number(variant, runs, tmp_path):
+def test_trackio_keeps_every_logged_number(variant, trackio_runs, tmp_path):
     arguments = {"report_to": ["trackio"], "project": tmp_path.name, "eval_strategy": "steps", "eval_steps": 2}
     model = tiny_model(variant)
     trainer = trained(variant, tmp_path, model, **arguments)
     trainer.train()
-    with sqlite3.connect(runs / f"{tmp_path.name}.db") as database:
+    with sqlite3.connect(trackio_runs / f"{tmp_path.name}.db") as database:
         kept = [json.loads(metrics) for (metrics,) in database.execute("select metrics from metrics order by id")]
         (config,) = (json.loads(text) for (text,) in database.execute("select config from configs"))
     found = {}

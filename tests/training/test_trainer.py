@@ -31,7 +31,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.mostly_slow("prefix")
+@pytest.mark.mostly_thorough("prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_falls_from_scratch(variant, tmp_path):
     collator = collator_for(variant)
@@ -72,7 +72,8 @@ def one_run(variant, folder, packing="rows", **arguments):
     return parameters(model), losses(trainer)
 
 
-@pytest.mark.mostly_slow("prefix")
+@pytest.mark.slow
+@pytest.mark.mostly_thorough("prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_accumulation_and_packing_equal_the_big_unpacked_batch(variant, tmp_path):
     expected, expected_losses = one_run(variant, tmp_path, packing="none")
@@ -83,7 +84,7 @@ def test_accumulation_and_packing_equal_the_big_unpacked_batch(variant, tmp_path
         assert found_losses == pytest.approx(expected_losses, abs=1e-5), (packing, accumulation)
 
 
-@pytest.mark.mostly_slow("not_reentrant-prefix")
+@pytest.mark.mostly_thorough("not_reentrant-prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 def test_gradient_checkpointing_changes_nothing(variant, reentrant, tmp_path):
@@ -93,7 +94,7 @@ def test_gradient_checkpointing_changes_nothing(variant, reentrant, tmp_path):
     assert found[1] == pytest.approx(expected[1], abs=1e-7)
 
 
-@pytest.mark.mostly_slow("alibi")
+@pytest.mark.mostly_thorough("alibi")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bf16_computes_in_bf16_and_learns(variant, tmp_path):
     collator = collator_for(variant)
@@ -108,7 +109,7 @@ def test_bf16_computes_in_bf16_and_learns(variant, tmp_path):
     assert sum(losses(trainer)[-5:]) / 5 < 0.6 * losses(trainer)[0]
 
 
-@pytest.mark.mostly_slow("prefix")
+@pytest.mark.mostly_thorough("prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bf16_weights_follow_fp32_training(variant, tmp_path):
     collator = collator_for(variant)
@@ -122,7 +123,7 @@ def test_bf16_weights_follow_fp32_training(variant, tmp_path):
     assert runs[1] == pytest.approx(runs[0], abs=0.08)
 
 
-@pytest.mark.mostly_slow("prefix")
+@pytest.mark.mostly_thorough("prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_run_is_bit_identical(variant, tmp_path, deterministic):
     def trainer_in(folder, **arguments):
@@ -156,7 +157,7 @@ def test_repeated_run_is_bit_identical(tmp_path, deterministic):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.mostly_slow("prefix")
+@pytest.mark.mostly_thorough("prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_evaluation_equals_perplexity_and_leaves_training_alone(variant, tmp_path):
     collator = collator_for(variant)
@@ -177,7 +178,7 @@ def test_evaluation_equals_perplexity_and_leaves_training_alone(variant, tmp_pat
     assert losses(plain) == losses(watched)
 
 
-@pytest.mark.mostly_slow("datasets-prefix")
+@pytest.mark.mostly_thorough("datasets-prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["list", "datasets"])
 def test_evaluations_of_unchanged_weights_are_equal_in_all_epochs(kind, variant, tmp_path):
@@ -199,7 +200,8 @@ def test_evaluations_of_unchanged_weights_are_equal_in_all_epochs(kind, variant,
         assert collator.epoch == 2 and len({round(loss, 6) for loss in losses(trainer)}) > 1
 
 
-@pytest.mark.mostly_slow("alibi")
+@pytest.mark.slow
+@pytest.mark.mostly_thorough("alibi")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_continued_pretraining_from_a_saved_model(variant, tmp_path):
     collator = collator_for(variant)
@@ -231,7 +233,7 @@ def answer_nll_alone(model, samples, is_prefix):
     return total / count
 
 
-@pytest.mark.mostly_slow("samples-alibi", "rows-prefix")
+@pytest.mark.mostly_thorough("samples-alibi", "rows-prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("form", ["samples", "rows"])
 def test_fine_tuning_scores_the_answer_only(variant, form, tmp_path):
@@ -248,6 +250,7 @@ def test_fine_tuning_scores_the_answer_only(variant, form, tmp_path):
     assert losses(trainer)[-1] < 0.95 * losses(trainer)[0]
 
 
+@pytest.mark.slow
 def test_dropped_columns_are_explained(tmp_path):
     samples = [{"input_ids": [1, 2, 3], "prompt_length": 1}] * 8
     for dataset in (samples, Dataset.from_list(samples)):

@@ -101,11 +101,11 @@ def test_empty_folder_missing_path_and_unreadable_file(tmp_path, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text("text", "utf-8")
 
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
     # A permission bit would not stop the tests of a super-user.
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CorpusError, match=r"a.txt cannot be read: Permission denied"):
         load_corpus(tmp_path)
 

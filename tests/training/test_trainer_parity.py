@@ -37,7 +37,7 @@ def run(model, folder, collator, dataset, **options):
     return losses(trainer), parameters(trainer.model)
 
 
-@pytest.mark.mostly_slow("plain", "accumulation")
+@pytest.mark.mostly_thorough("plain", "accumulation")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_equals_llama_with_each_option(option, tmp_path):
     model = tiny_model()
@@ -53,6 +53,7 @@ def test_equals_llama_with_each_option(option, tmp_path):
     assert largest_difference(found[1], parameters(tiny_model())) > 1e-3
 
 
+@pytest.mark.slow
 def test_flattened_batches_equal_llama(tmp_path):
     model = tiny_model()
     twin = llama_twin(model)
@@ -77,7 +78,7 @@ GOLDEN_LOSSES = {
 }
 
 
-@pytest.mark.mostly_slow("alibi")
+@pytest.mark.mostly_thorough("alibi")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_losses_of_thirty_steps(variant, tmp_path):
     collator = collator_for(variant)

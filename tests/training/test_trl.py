@@ -56,7 +56,7 @@ def sft(model, tokenizer, folder, mode, peft_config=None, **arguments):
     )
 
 
-@pytest.mark.mostly_slow("packed", "padding_free", "assistant")
+@pytest.mark.mostly_thorough("packed", "padding_free", "assistant")
 @pytest.mark.parametrize("mode", MODES)
 def test_supervised_fine_tuning_equals_llama(mode, tokenizer, tmp_path):
     model = model_for("causal", tokenizer)
@@ -69,7 +69,7 @@ def test_supervised_fine_tuning_equals_llama(mode, tokenizer, tmp_path):
     assert largest_difference(parameters(model), parameters(model_for("causal", tokenizer))) > 1e-3
 
 
-@pytest.mark.mostly_slow("qwen3-")
+@pytest.mark.mostly_thorough("qwen3-")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
 def test_packing_in_blocks_equals_eager(model_type, checkpointing, tokenizer, tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def scored_spans(labels):
     return spans
 
 
-@pytest.mark.mostly_slow("assistant_packed-prefix")
+@pytest.mark.mostly_thorough("assistant_packed-prefix")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("mode", ["packed", "completion", "assistant_packed"])
 def test_lora_fine_tuning_learns(mode, variant, tokenizer, tmp_path):
