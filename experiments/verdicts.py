@@ -104,7 +104,7 @@ def paired_interval(differences: np.ndarray, level: float = 0.95) -> Interval:
     Raises:
         ValueError: fewer than 2 seeds, values that are not finite, or another shape; a `level` outside of 0 and 1.
     """
-    from scipy import special
+    from scipy import special  # pyright: ignore[reportMissingImports]
 
     values = np.asarray(differences, np.float64)
     if values.ndim not in (1, 2) or values.shape[0] < 2 or values.size == 0:
@@ -161,7 +161,7 @@ def verdicts(comparisons: Mapping[str, np.ndarray], margin: float, level: float 
     Raises:
         ValueError: no comparison, a margin that is not positive, or differences as `paired_interval` refuses them.
     """
-    from scipy import special
+    from scipy import special  # pyright: ignore[reportMissingImports]
 
     if not comparisons:
         raise ValueError("there is nothing to compare")
@@ -202,7 +202,7 @@ def power(deviation: float, difference: float, seeds: int, level: float = 0.95) 
     Raises:
         ValueError: fewer than 2 seeds, or a deviation that is not positive.
     """
-    from scipy import special
+    from scipy import special  # pyright: ignore[reportMissingImports]
 
     if seeds < 2 or not deviation > 0:
         raise ValueError(f"`seeds` is {seeds} (at least 2) and `deviation` {deviation} (more than 0)")

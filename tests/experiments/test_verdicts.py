@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from minillm.experiments.verdicts import (
     LEAST_SEEDS,
@@ -17,6 +16,8 @@ from minillm.experiments.verdicts import (
     with_documents,
 )
 
+stats = pytest.importorskip("scipy.stats", reason="the extra `report`")
+pytestmark = pytest.mark.slow
 SEED = 20
 STUDIES = 2000
 MARGIN = 0.034
