@@ -346,7 +346,7 @@ def test_what_is_imported_is_declared():
                 imported |= {name.partition(".")[0] for name in names}
     imported -= {*sys.stdlib_module_names, "minillm", *NOT_DECLARED}
     required = [line.lower() for line in requires("minillm-hf")]
-    extras = {"train", "eval", "gguf"}
+    extras = {"train", "eval", "gguf", "report"}
     declared = {
         re.match(r"[\w-]+", line)[0].replace("-", "_")
         for line in required
