@@ -1,5 +1,5 @@
-"""The `minillm` command. What a command alone needs is imported inside it; `minillm` itself, and with it torch and
-transformers, is imported before any, which takes some seconds."""
+"""The `minillm` command. What a command needs is imported inside it, so that help and completion wait for neither
+torch nor transformers."""
 
 from enum import Enum
 from pathlib import Path

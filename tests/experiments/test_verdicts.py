@@ -1,6 +1,8 @@
 """Verdicts against scipy, figures by hand, and simulated studies of which the truth is known."""
 
+import importlib.util
 import math
+import os
 
 import numpy as np
 import pytest
@@ -16,12 +18,19 @@ from minillm.experiments.verdicts import (
     with_documents,
 )
 
-stats = pytest.importorskip("scipy.stats", reason="the extra `report`")
 pytestmark = pytest.mark.slow
 SEED = 20
 STUDIES = 2000
 MARGIN = 0.034
 """1 % of a loss of 3.4 nats."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package():
+    if importlib.util.find_spec("scipy") is None:
+        if "CI" in os.environ:
+            pytest.fail("CI lacks scipy")
+        pytest.skip("needs pip install scipy==1.15.3")
 
 
 def draws(*shape, deviation=1.0, seed=SEED):
@@ -32,6 +41,8 @@ def draws(*shape, deviation=1.0, seed=SEED):
 def test_over_seeds_it_is_scipys_paired_test():
     one, two = draws(7, seed=1), draws(7, seed=2) + 0.5
     interval = paired_interval(one - two)
+    from scipy import stats
+
     expected = stats.ttest_rel(one, two)
     low, high = expected.confidence_interval(0.95)
     assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-9)
@@ -42,6 +53,8 @@ def test_over_seeds_it_is_scipys_paired_test():
 
 def test_two_one_sided_tests_are_scipys():
     values = draws(9, deviation=0.02) + 0.01
+    from scipy import stats
+
     low = stats.ttest_1samp(values, -MARGIN, alternative="greater").pvalue
     high = stats.ttest_1samp(values, MARGIN, alternative="less").pvalue
     assert verdicts({"a": values}, MARGIN)["a"].p_equality == pytest.approx(max(low, high), rel=1e-9)
